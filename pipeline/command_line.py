@@ -1,0 +1,47 @@
+"""The console command `bge-icl`: one subcommand per entry file, loaded only when it is called."""
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+COMMANDS = {
+    "preprocess": ("pipeline.preprocess", "tokenize raw rows and store them in length buckets"),
+    "plan": ("pipeline.plan_run", "show what a training run will do, without running it"),
+    "train": ("pipeline.train", "train an embedder (several ranks: deepspeed pipeline/train.py)"),
+    "evaluate": ("pipeline.evaluate_embedder", "score a model zero-shot and few-shot"),
+}
+
+
+def usage() -> str:
+    """The list of subcommands as text."""
+    lines = [f"  {name:<12} {summary}" for name, (_, summary) in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: bge-icl COMMAND [options]",
+            "",
+            "Train and evaluate few-shot text embedders (arXiv 2409.15700).",
+            "",
+            "commands:",
+            *lines,
+            "",
+            "bge-icl COMMAND --help tells more; each command is also a file, e.g. python pipeline/preprocess.py",
+        ]
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Hand the arguments after the subcommand to its entry; returns the entry's exit code, 2 for an unknown one."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(usage())
+        return 0 if arguments else 2
+    name, *rest = arguments
+    if name not in COMMANDS:
+        print(f"error: unknown command {name!r}; known commands: {', '.join(COMMANDS)}", file=sys.stderr)
+        return 2
+    sys.argv[0] = f"bge-icl {name}"  # what the entry's own --help shows as its name
+    return int(importlib.import_module(COMMANDS[name][0]).main(rest))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
