@@ -1,0 +1,368 @@
+"""The one tree of settings: defaults <- recipe YAML <- dotted overrides (`optim.lr=1e-4`).
+
+Unknown keys and wrong types are errors. Paths in a recipe are relative to the recipe's folder, so a recipe means the
+same from any working directory; paths in an override are relative to the working directory, as a shell user expects.
+Who owns what: tokenizer, template and limits are set here and recorded by the store's manifest, which training
+compares; batch, precision, learning rate and clipping are set here; sharding, offload and communication in ds_configs/.
+
+A recipe may begin with `extends: other.yaml` (relative to its own folder) and then names only what differs. Sections
+are merged key by key, a list (data.datasets, preprocess.bucket_edges) replaces the base's. One level: a base extends
+nothing.
+"""
+
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+import yaml
+
+from pipeline.datatypes import TASK_TYPES
+from pipeline.prompts import get_template
+
+
+def _path() -> Any:
+    return field(default="", metadata={"path": True})
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """Low-rank adapters on the seven projections of every layer (paper: rank 64, alpha 32)."""
+
+    rank: int = 64
+    alpha: int = 32
+    dropout: float = 0.0
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """The decoder that becomes an embedder."""
+
+    name: str = _path()  # hub name, or a folder (starting with "." or "/")
+    num_layers: int | None = None  # keep only the first n layers
+    attention: Literal["causal", "bidirectional"] = "causal"
+    pooling: Literal["last", "mean"] = "last"
+    dtype: Literal["bf16", "fp32"] = "bf16"
+    attention_kernel: Literal["auto", "flash_attn", "torch_varlen", "sdpa"] = "auto"
+    activation_checkpointing: bool = False
+    lora: LoraSettings = field(default_factory=LoraSettings)
+
+
+@dataclass(frozen=True)
+class PreprocessSettings:
+    """Tokenizer, template and limits in tokens. A limit counts everything: instruction, markers, text, BOS, EOS."""
+
+    tokenizer: str = _path()  # empty: the model's own
+    template: str = "bge_en_icl"
+    max_query_tokens: int = 512
+    max_passage_tokens: int = 512
+    max_example_query_tokens: int = 256
+    max_example_passage_tokens: int = 256
+    max_prompt_tokens: int = 2048  # query and examples together
+    bucket_edges: tuple[int, ...] = (128, 256, 512, 1024, 2048)  # upper edges of a row's length key, in tokens
+    max_bad_row_share: float = 0.01  # stop when more rows than this are quarantined
+
+
+@dataclass(frozen=True)
+class DatasetSettings:
+    """One dataset: a step draws all its rows from one of these."""
+
+    name: str = ""
+    path: str = ""  # .jsonl or .jsonl.gz, relative to data.root
+    type: str = ""  # one of the five task types; empty: what the rows say
+    instruction: str = ""  # for rows without `prompt`
+    in_batch_negatives: bool | None = None  # None: by type (only normal and only_1neg use them)
+    group_size: int | None = None  # positive + negatives; None: batch.group_size, or 2 for only_1neg
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """Where raw rows come from and where the token store goes."""
+
+    root: str = _path()
+    store: str = _path()
+    datasets: tuple[DatasetSettings, ...] = ()
+
+
+@dataclass(frozen=True)
+class ExampleSettings:
+    """In-context examples in training (paper, section 3.2: 0 to 5, uniform, from the query's own batch)."""
+
+    mode: Literal["in_batch", "fixed", "pool", "filler", "none"] = "in_batch"
+    max_examples: int = 5
+
+
+@dataclass(frozen=True)
+class BatchSettings:
+    """What one global step holds, over all ranks together."""
+
+    queries: int = 512
+    symmetric_queries: int = 256  # for the symmetric_* types
+    group_size: int = 8  # one positive and up to seven negatives
+    fill_groups: bool = False  # repeat negatives of short groups (what FlagEmbedding does); counted
+    use_buckets: bool = True
+    mix_temperature: float = 1.0  # a dataset's share of steps goes with (its batches) ** mix_temperature
+    examples: ExampleSettings = field(default_factory=ExampleSettings)
+
+
+@dataclass(frozen=True)
+class LossSettings:
+    """InfoNCE (paper, section 3.2) and distillation from the rows' teacher scores."""
+
+    temperature: float = 0.02
+    distillation_weight: float = 1.0  # of the KL term, for rows with scores
+
+
+@dataclass(frozen=True)
+class OptimSettings:
+    """AdamW and its schedule."""
+
+    lr: float = 1e-4
+    schedule: Literal["linear", "cosine"] = "linear"
+    warmup_steps: int = 0
+    weight_decay: float = 0.0
+    clip_norm: float = 1.0
+    epochs: float = 1.0
+    max_steps: int | None = None  # overrides epochs
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """One run on one set of machines."""
+
+    output_dir: str = _path()
+    seed: int = 0
+    deepspeed: str = _path()  # one of ds_configs/*.json
+    chunk_tokens: int = 16384  # token budget of one forward pass of one rank: sets peak activation memory
+    distinct_passages: bool = True  # encode each distinct passage of a step once
+    save_every: int = 100
+    keep_last: int = 2
+    tracker: Literal["none", "tensorboard", "wandb"] = "none"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The whole tree: what a recipe may set."""
+
+    model: ModelSettings = field(default_factory=ModelSettings)
+    preprocess: PreprocessSettings = field(default_factory=PreprocessSettings)
+    data: DataSettings = field(default_factory=DataSettings)
+    batch: BatchSettings = field(default_factory=BatchSettings)
+    loss: LossSettings = field(default_factory=LossSettings)
+    optim: OptimSettings = field(default_factory=OptimSettings)
+    run: RunSettings = field(default_factory=RunSettings)
+
+    @property
+    def tokenizer_name(self) -> str:
+        return self.preprocess.tokenizer or self.model.name
+
+
+def load_settings(recipe: str | Path, overrides: Sequence[str] = ()) -> Settings:
+    """Read a recipe, over the one that it extends, and apply `key.sub=value` overrides (values are YAML).
+
+    Raises:
+        ValueError: a file is missing, a key is unknown or a value is wrong; names file or key, value and remedy.
+    """
+    recipe = Path(recipe)
+    if not recipe.is_file():
+        raise ValueError(f"--config {recipe}: no such file")
+    tree, settings = _read_tree(recipe), Settings()
+    if "extends" in tree:
+        base = _find_base(recipe, tree.pop("extends"))
+        settings = _merge_file(settings, _read_tree(base), base)
+    settings = _merge_file(settings, tree, recipe)
+    for override in overrides:
+        key, separator, text = override.partition("=")
+        if not separator:
+            raise ValueError(f"override {override!r} has no '='; write it as key.sub=value")
+        try:
+            branch = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ValueError(f"override {override!r}: the value is not valid YAML") from error
+        for part in reversed(key.split(".")):
+            branch = {part: branch}
+        settings = _merge(settings, branch, "", Path.cwd())
+    _validate(settings)
+    return settings
+
+
+def _read_tree(recipe: Path) -> dict[str, Any]:
+    """A recipe file as the mapping that it holds."""
+    try:
+        tree = yaml.safe_load(recipe.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{recipe} is not valid YAML: {error}") from error
+    if not isinstance(tree, dict):
+        raise ValueError(f"{recipe} must be a mapping of settings, got {tree!r}")
+    return tree
+
+
+def _find_base(recipe: Path, extends: Any) -> Path:
+    """The file that `extends` names: it must exist and extend nothing, so no chain and no cycle is possible."""
+    if not isinstance(extends, str) or not extends:
+        raise ValueError(f"{recipe}: extends={extends!r} must be the file name of another recipe")
+    base = recipe.resolve().parent / Path(extends).expanduser()
+    if not base.is_file():
+        raise ValueError(f"{recipe}: extends={extends!r}, but there is no file {base}; name it relative to this recipe")
+    if "extends" in _read_tree(base):
+        raise ValueError(f"{recipe}: extends={extends!r}, which extends a recipe itself; extend one that does not")
+    return base
+
+
+def _merge_file(settings: Settings, tree: dict[str, Any], recipe: Path) -> Settings:
+    try:
+        merged: Settings = _merge(settings, tree, "", recipe.resolve().parent)
+    except ValueError as error:
+        raise ValueError(f"{recipe}: {error}") from error
+    return merged
+
+
+def dump_settings(settings: Settings) -> str:
+    """The tree as YAML that `load_settings` reads back to an equal tree (paths are absolute by then)."""
+    return yaml.safe_dump(_plain(dataclasses.asdict(settings)), sort_keys=False, allow_unicode=True)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def _merge(base: Any, tree: Any, prefix: str, folder: Path) -> Any:
+    """A copy of the dataclass `base` with the values of the mapping `tree`, checked against the field types."""
+    if not isinstance(tree, dict):
+        raise ValueError(f"{prefix.rstrip('.') or 'recipe'} must be a mapping of settings, got {tree!r}")
+    hints, changes = typing.get_type_hints(type(base)), {}
+    fields = {f.name: f for f in dataclasses.fields(base)}
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        if key not in fields:
+            near = difflib.get_close_matches(str(key), fields, n=1)
+            hint = f"did you mean {prefix}{near[0]}?" if near else f"known here: {', '.join(fields)}"
+            raise ValueError(f"unknown setting {name!r}; {hint}")
+        if dataclasses.is_dataclass(hints[key]):
+            changes[key] = _merge(getattr(base, key), value, f"{name}.", folder)
+        else:
+            changes[key] = _convert(hints[key], value, name, folder)
+        if fields[key].metadata.get("path"):
+            changes[key] = _resolve(changes[key], folder, is_name=key in ("name", "tokenizer"))
+    return dataclasses.replace(base, **changes)
+
+
+def _convert(kind: Any, value: Any, name: str, folder: Path) -> Any:
+    """`value` as `kind` where that loses nothing (an int where a float is wanted); ValueError otherwise."""
+    options = get_args(kind)
+    if get_origin(kind) is Literal:
+        if value not in options:
+            raise ValueError(f"{name}={value!r} must be one of {', '.join(options)}")
+        return value
+    if get_origin(kind) in (typing.Union, types.UnionType):
+        if value is None and type(None) in options:
+            return None
+        kind = next(option for option in options if option is not type(None))
+        return _convert(kind, value, name, folder)
+    if get_origin(kind) is tuple:
+        if not isinstance(value, list):
+            raise ValueError(f"{name}={value!r} must be a list")
+        items = enumerate(value)
+        if options[0] is DatasetSettings:
+            return tuple(_merge(DatasetSettings(), item, f"{name}[{i}].", folder) for i, item in items)
+        return tuple(_convert(options[0], item, f"{name}[{i}]", folder) for i, item in items)
+    if kind is float and isinstance(value, str):
+        # YAML 1.1 reads 1e-4 (no dot) as a string.
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        raise ValueError(f"{name}={value!r} must be of type {kind.__name__}, not {type(value).__name__}")
+    return value
+
+
+def _resolve(value: str, folder: Path, is_name: bool) -> str:
+    """Absolute form of a path; a model or tokenizer that does not start with '.', '~' or '/' is a hub name."""
+    if not value or (is_name and not value.startswith((".", "~", "/"))):
+        return value
+    return str((folder / Path(value).expanduser()).resolve())
+
+
+def _validate(s: Settings) -> None:
+    """Checks that need more than one field, or a range; each error names the setting, its value and the remedy."""
+    p, b = s.preprocess, s.batch
+    required = {"model.name": s.model.name, "data.root": s.data.root, "data.store": s.data.store}
+    required |= {"run.output_dir": s.run.output_dir, "run.deepspeed": s.run.deepspeed}
+    for name, value in required.items():
+        if not value:
+            raise ValueError(f"{name} is not set; every recipe must name it")
+    get_template(p.template)
+    _require_positive(s)
+    if s.run.chunk_tokens < max(p.max_prompt_tokens, p.max_passage_tokens):
+        raise ValueError(
+            f"run.chunk_tokens={s.run.chunk_tokens} cannot hold one sequence of preprocess.max_prompt_tokens="
+            f"{p.max_prompt_tokens} / max_passage_tokens={p.max_passage_tokens}; raise it or lower the limits"
+        )
+    if b.examples.mode != "none" and p.max_prompt_tokens <= p.max_query_tokens:
+        raise ValueError(
+            f"preprocess.max_prompt_tokens={p.max_prompt_tokens} leaves no room for an example beside a query of "
+            f"preprocess.max_query_tokens={p.max_query_tokens}; raise it, or set batch.examples.mode=none to train "
+            "without in-context examples"
+        )
+    if list(p.bucket_edges) != sorted(set(p.bucket_edges)):
+        raise ValueError(f"preprocess.bucket_edges={p.bucket_edges} must be rising and distinct")
+    names = [d.name for d in s.data.datasets]
+    for i, d in enumerate(s.data.datasets):
+        if not d.name or not d.path:
+            raise ValueError(f"data.datasets[{i}] needs a name and a path, got name={d.name!r} path={d.path!r}")
+        if d.type and d.type not in TASK_TYPES:
+            raise ValueError(f"data.datasets[{i}].type={d.type!r} must be one of {', '.join(TASK_TYPES)}")
+        if names.count(d.name) > 1:
+            raise ValueError(f"data.datasets: the name {d.name!r} stands twice; give each dataset its own")
+        if d.group_size is not None and d.group_size < 1:
+            raise ValueError(f"data.datasets[{i}].group_size={d.group_size} must be at least 1")
+
+
+def _require_positive(s: Settings) -> None:
+    positive = {
+        "batch.queries": s.batch.queries,
+        "batch.symmetric_queries": s.batch.symmetric_queries,
+        "batch.group_size": s.batch.group_size,
+        "loss.temperature": s.loss.temperature,
+        "optim.lr": s.optim.lr,
+        "optim.clip_norm": s.optim.clip_norm,
+        "optim.epochs": s.optim.epochs,
+        "run.save_every": s.run.save_every,
+        "run.keep_last": s.run.keep_last,
+        "model.lora.rank": s.model.lora.rank,
+        "preprocess.max_query_tokens": s.preprocess.max_query_tokens,
+        "preprocess.max_passage_tokens": s.preprocess.max_passage_tokens,
+        "preprocess.max_example_query_tokens": s.preprocess.max_example_query_tokens,
+        "preprocess.max_example_passage_tokens": s.preprocess.max_example_passage_tokens,
+    }
+    for name, value in positive.items():
+        if not 0 < value < math.inf:  # false for NaN too
+            raise ValueError(f"{name}={value} must be above 0 and finite")
+    not_negative = {
+        "batch.examples.max_examples": s.batch.examples.max_examples,
+        "batch.mix_temperature": s.batch.mix_temperature,
+        "loss.distillation_weight": s.loss.distillation_weight,
+        "optim.warmup_steps": s.optim.warmup_steps,
+        "optim.weight_decay": s.optim.weight_decay,
+    }
+    for name, value in not_negative.items():
+        if not 0 <= value < math.inf:
+            raise ValueError(f"{name}={value} must be 0 or more and finite")
+    if s.model.num_layers is not None and s.model.num_layers <= 0:
+        raise ValueError(f"model.num_layers={s.model.num_layers} must be above 0; leave it out for all layers")
+    if s.optim.max_steps is not None and s.optim.max_steps <= 0:
+        raise ValueError(f"optim.max_steps={s.optim.max_steps} must be above 0; leave it out to train optim.epochs")
+    if not 0 <= s.preprocess.max_bad_row_share <= 1:
+        raise ValueError(f"preprocess.max_bad_row_share={s.preprocess.max_bad_row_share} must lie in 0..1")
+    if not 0 <= s.model.lora.dropout < 1:
+        raise ValueError(f"model.lora.dropout={s.model.lora.dropout} must lie in 0..1 (1 excluded)")
