@@ -1,0 +1,158 @@
+"""A causal decoder as an embedder: packed forward, last token, L2 (arXiv 2409.15700, section 3.1); LoRA on top.
+
+T packed tokens, S sequences, D width, M marker tokens.
+"""
+
+import logging
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, PretrainedConfig
+
+from embed_kernels import gather_last_token
+from pipeline.model.attention import register_packed_attention
+from pipeline.settings import LoraSettings, ModelSettings
+
+log = logging.getLogger(__name__)
+
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+MARKERS_FILE = "markers.safetensors"
+
+
+class MarkerEmbedding(nn.Module):
+    """The decoder's input embedding with trainable rows for the template's new marker tokens.
+
+    The table itself is neither resized nor trained. A marker's row is picked by a one-hot product, not by indexing:
+    its gradient is then deterministic, and the parameter works under every ZeRO stage (PEFT's
+    `trainable_token_indices` needs CUDA under ZeRO-3).
+    """
+
+    marker_ids_M: Tensor
+
+    def __init__(self, base: nn.Module, marker_ids: tuple[int, ...], start_rows_MD: Tensor) -> None:
+        super().__init__()
+        self.base = base
+        self.marker_rows = nn.Parameter(start_rows_MD)
+        self.register_buffer("marker_ids_M", torch.tensor(marker_ids, dtype=torch.int64), persistent=False)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        is_marker = input_ids[..., None] == self.marker_ids_M
+        known = torch.where(is_marker.any(-1), torch.zeros_like(input_ids), input_ids)
+        one_hot = is_marker.to(self.marker_rows.dtype)
+        rows = one_hot @ self.marker_rows
+        return torch.where(is_marker.any(-1, keepdim=True), rows, self.base(known).to(rows.dtype))
+
+
+class Encoder(nn.Module):
+    """A decoder and a pooling; the decoder is a transformers model, or a PEFT model around one."""
+
+    def __init__(self, decoder: nn.Module, pooling: str) -> None:
+        super().__init__()
+        self.decoder = decoder
+        self.pooling = pooling
+
+    def forward(self, input_ids_T: Tensor, position_ids_T: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+        """embeddings_SD, fp32, L2-normalised, for the S sequences that `cu_seqlens` (int32, S + 1) cuts out."""
+        hidden_TD = self.decoder(
+            input_ids=input_ids_T[None],
+            position_ids=position_ids_T[None],
+            attention_mask=None,
+            use_cache=False,
+            cu_seq_lens_q=cu_seqlens,
+            cu_seq_lens_k=cu_seqlens,
+            max_length_q=max_seqlen,
+            max_length_k=max_seqlen,
+        ).last_hidden_state[0]
+        if self.pooling == "mean":
+            return _mean_pool(hidden_TD, cu_seqlens)
+        return gather_last_token(hidden_TD, cu_seqlens[1:].long() - 1)
+
+
+def _mean_pool(hidden_TD: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """Mean over all tokens of a sequence, then L2 (the paper's ablation, table 5)."""
+    lengths_S = cu_seqlens.diff().long()
+    sequence_T = torch.repeat_interleave(torch.arange(len(lengths_S), device=hidden_TD.device), lengths_S)
+    sums_SD = torch.zeros(len(lengths_S), hidden_TD.shape[1], device=hidden_TD.device)
+    sums_SD = sums_SD.index_add(0, sequence_T, hidden_TD.float())
+    return torch.nn.functional.normalize(sums_SD / lengths_S[:, None])
+
+
+def load_encoder(
+    model: ModelSettings,
+    marker_ids: tuple[int, ...],
+    marker_subtokens: tuple[tuple[int, ...], ...],
+    device_type: str = "cpu",
+) -> Encoder:
+    """The base decoder, frozen, in `model.dtype`, with rows for markers that its tokenizer did not have.
+
+    Args:
+        marker_ids, marker_subtokens: as in the store's prompt tokens. A marker with sub-tokens is new to the model and
+            starts from the mean of their rows; one without was there before and is left alone.
+
+    Raises:
+        ValueError: no such model, more layers asked for than it has, or a kernel that cannot run here.
+    """
+    attention = register_packed_attention(model.attention_kernel, model.attention == "causal", device_type)
+    try:
+        config = AutoConfig.from_pretrained(model.name)
+    except OSError as error:
+        raise ValueError(f"model.name={model.name!r} cannot be loaded: {str(error).splitlines()[0]}") from error
+    if model.num_layers is not None:
+        _keep_first_layers(config, model.num_layers)
+    decoder = AutoModel.from_pretrained(
+        model.name, config=config, dtype=DTYPES[model.dtype], attn_implementation=attention
+    )
+    decoder.requires_grad_(False)
+    new = [i for i, subtokens in enumerate(marker_subtokens) if subtokens]
+    if new:
+        table = decoder.get_input_embeddings()
+        start = [table.weight[list(marker_subtokens[i])].float().mean(0) for i in new]
+        rows_MD = torch.stack(start).to(table.weight.dtype)
+        decoder.set_input_embeddings(MarkerEmbedding(table, tuple(marker_ids[i] for i in new), rows_MD))
+    if model.activation_checkpointing:
+        # The reentrant form re-runs a layer as one autograd node, which ZeRO-3's gather hooks need.
+        decoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+        decoder.enable_input_require_grads()
+    return Encoder(decoder, model.pooling)
+
+
+def _keep_first_layers(config: PretrainedConfig, num_layers: int) -> None:
+    if num_layers > config.num_hidden_layers:
+        raise ValueError(f"model.num_layers={num_layers}, but the model has {config.num_hidden_layers} layers")
+    config.num_hidden_layers = num_layers
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:num_layers]
+
+
+def add_lora(encoder: Encoder, lora: LoraSettings) -> None:
+    """Fresh adapters on the seven projections; they and the marker rows are all that trains."""
+    config = LoraConfig(
+        r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=list(PROJECTIONS), bias="none"
+    )
+    encoder.decoder = get_peft_model(encoder.decoder, config)
+    for module in encoder.modules():
+        if isinstance(module, MarkerEmbedding):
+            module.marker_rows.requires_grad_(True)
+
+
+def load_adapter(encoder: Encoder, folder: str | Path) -> None:
+    """Adapters and marker rows of a saved `model/` folder onto a base encoder, for inference."""
+    folder = Path(folder)
+    if not (folder / "adapter_config.json").is_file():
+        raise ValueError(f"{folder} holds no adapter_config.json: not the model/ folder of a finished run")
+    markers = [module for module in encoder.modules() if isinstance(module, MarkerEmbedding)]
+    if bool(markers) != (folder / MARKERS_FILE).is_file():
+        raise ValueError(f"{folder / MARKERS_FILE} and the template's markers disagree; was the folder copied in part?")
+    for module in markers:
+        rows_MD = load_file(folder / MARKERS_FILE)["marker_rows"]
+        module.marker_rows.data.copy_(rows_MD)
+    encoder.decoder = PeftModel.from_pretrained(encoder.decoder, folder)
+
+
+def trainable_parameters(encoder: nn.Module) -> dict[str, nn.Parameter]:
+    """Name -> parameter, in a fixed order, of all that trains."""
+    return {name: p for name, p in encoder.named_parameters() if p.requires_grad}

@@ -1,0 +1,154 @@
+"""Packed forward == one sequence at a time, outputs and gradients, for each model family; marker rows; refusals."""
+
+import pytest
+import torch
+from transformers import (
+    AutoModel,
+    Gemma2Config,
+    Gemma3TextConfig,
+    LlamaConfig,
+    MistralConfig,
+    PretrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from pipeline.model.encoder import MarkerEmbedding, add_lora, load_encoder, trainable_parameters
+from pipeline.settings import LoraSettings, ModelSettings
+
+SMALL = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 100,
+    "max_position_embeddings": 64,
+}
+# Windows of 4 tokens are shorter than the sequences below, so that they matter.
+FAMILIES: dict[str, PretrainedConfig] = {
+    "llama": LlamaConfig(**SMALL),
+    "mistral": MistralConfig(**SMALL, sliding_window=4),
+    "qwen2": Qwen2Config(**SMALL),
+    "qwen3": Qwen3Config(**SMALL, head_dim=8),
+    "gemma2": Gemma2Config(**SMALL, head_dim=8, query_pre_attn_scalar=8, sliding_window=4, attn_logit_softcapping=2.0),
+    "gemma3": Gemma3TextConfig(**SMALL, head_dim=8, query_pre_attn_scalar=8, sliding_window=4),
+}
+LENGTHS = (9, 1, 5, 12)
+
+
+def make_model(config: PretrainedConfig, folder) -> str:
+    torch.manual_seed(0)
+    AutoModel.from_config(config).save_pretrained(folder)
+    return str(folder)
+
+
+def pack(lengths):
+    cu_seqlens = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
+    return torch.cat([torch.arange(n) for n in lengths]), cu_seqlens
+
+
+def trained_gradients(encoder):
+    return {name: p.grad.clone() for name, p in trainable_parameters(encoder).items()}
+
+
+@pytest.mark.parametrize("pooling", ["last", "mean"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packed_equals_transformers_one_by_one(family, pooling, tmp_path):
+    """The truth is transformers' own eager attention on one sequence at a time, without any code of ours but pooling."""
+    name = make_model(FAMILIES[family], tmp_path)
+    encoder = load_encoder(ModelSettings(name=name, dtype="fp32", pooling=pooling), (), ())
+    add_lora(encoder, LoraSettings(rank=2, alpha=4))
+    torch.manual_seed(1)
+    for p in trainable_parameters(encoder).values():
+        torch.nn.init.normal_(p, std=0.1)
+    ids_T = torch.randint(0, 100, (sum(LENGTHS),))
+    positions_T, cu_seqlens = pack(LENGTHS)
+    packed_SD = encoder(ids_T, positions_T, cu_seqlens, max(LENGTHS))
+    weight_SD = torch.randn_like(packed_SD)
+    (packed_SD * weight_SD).sum().backward()
+    packed_gradients = trained_gradients(encoder)
+
+    encoder.zero_grad()
+    encoder.decoder.base_model.model.set_attn_implementation("eager")
+    rows = []
+    for ids in ids_T.split(LENGTHS):
+        hidden_TD = encoder.decoder(input_ids=ids[None]).last_hidden_state[0]
+        rows.append(torch.nn.functional.normalize(hidden_TD[-1] if pooling == "last" else hidden_TD.mean(0), dim=0))
+    alone_SD = torch.stack(rows)
+    (alone_SD * weight_SD).sum().backward()
+    torch.testing.assert_close(packed_SD, alone_SD, atol=3e-6, rtol=0)
+    for key, gradient in trained_gradients(encoder).items():
+        assert gradient.norm() > 0, key
+        assert (packed_gradients[key] - gradient).norm() <= 1e-5 * gradient.norm(), key
+
+
+def test_bidirectional_sees_later_tokens_and_causal_does_not(tmp_path):
+    name = make_model(FAMILIES["llama"], tmp_path)
+    positions_T, cu_seqlens = pack((6,))
+    ids_T = torch.arange(6)
+    changed_T = ids_T.clone()
+    changed_T[-1] = 50
+    for attention, same in (("causal", True), ("bidirectional", False)):
+        encoder = load_encoder(ModelSettings(name=name, dtype="fp32", attention=attention), (), ())
+        inputs = {"position_ids": positions_T[None], "cu_seq_lens_q": cu_seqlens, "max_length_q": 6, "use_cache": False}
+        first = encoder.decoder(input_ids=ids_T[None], **inputs).last_hidden_state[0, 0]
+        second = encoder.decoder(input_ids=changed_T[None], **inputs).last_hidden_state[0, 0]
+        assert torch.equal(first, second) is same
+
+
+def test_marker_rows_start_from_the_mean_of_their_subtokens(tmp_path):
+    name = make_model(FAMILIES["llama"], tmp_path)
+    table = AutoModel.from_pretrained(name).get_input_embeddings().weight
+    # Marker 7 was known to the tokenizer before (no sub-tokens): its own row of the table is used.
+    encoder = load_encoder(ModelSettings(name=name, dtype="fp32"), (100, 101, 7), ((1, 2), (3, 4, 5), ()))
+    embedding = encoder.decoder.get_input_embeddings()
+    assert isinstance(embedding, MarkerEmbedding)
+    out = embedding(torch.tensor([[100, 9, 101, 7]]))[0]
+    expected = torch.stack([table[[1, 2]].mean(0), table[9], table[[3, 4, 5]].mean(0), table[7]])
+    torch.testing.assert_close(out, expected)
+
+
+def test_known_markers_add_no_rows(tmp_path):
+    encoder = load_encoder(ModelSettings(name=make_model(FAMILIES["llama"], tmp_path)), (5, 6), ((), ()))
+    assert not isinstance(encoder.decoder.get_input_embeddings(), MarkerEmbedding)
+
+
+def test_first_layers_only(tmp_path):
+    name = make_model(FAMILIES["gemma3"], tmp_path)
+    encoder = load_encoder(ModelSettings(name=name, num_layers=1), (), ())
+    assert len(encoder.decoder.layers) == 1
+    with pytest.raises(ValueError, match="num_layers=3.*has 2 layers"):
+        load_encoder(ModelSettings(name=name, num_layers=3), (), ())
+
+
+def test_absent_kernel_is_an_error_not_a_fallback(tmp_path):
+    name = make_model(FAMILIES["llama"], tmp_path)
+    for kernel in ("flash_attn", "torch_varlen"):
+        with pytest.raises(ValueError, match=f"attention_kernel={kernel} cannot run"):
+            load_encoder(ModelSettings(name=name, attention_kernel=kernel), (), ())
+
+
+def test_unknown_model_is_named(tmp_path):
+    with pytest.raises(ValueError, match="model.name=.*nothing_here"):
+        load_encoder(ModelSettings(name=str(tmp_path / "nothing_here")), (), ())
+
+
+def test_activation_checkpointing_changes_no_gradient(tmp_path):
+    name = make_model(FAMILIES["llama"], tmp_path)
+    positions_T, cu_seqlens = pack(LENGTHS)
+    ids_T = torch.randint(0, 100, (sum(LENGTHS),), generator=torch.Generator().manual_seed(2))
+    gradients = []
+    for checkpointing in (False, True):
+        model = ModelSettings(name=name, dtype="fp32", activation_checkpointing=checkpointing)
+        encoder = load_encoder(model, (), ())
+        torch.manual_seed(0)
+        add_lora(encoder, LoraSettings(rank=2, alpha=4, dropout=0.1))
+        for p in trainable_parameters(encoder).values():
+            torch.nn.init.normal_(p, std=0.1)
+        encoder.train()
+        torch.manual_seed(5)
+        encoder(ids_T, positions_T, cu_seqlens, max(LENGTHS))[:, 0].sum().backward()
+        gradients.append(trained_gradients(encoder))
+    for key in gradients[0]:
+        torch.testing.assert_close(gradients[0][key], gradients[1][key])
