@@ -1,0 +1,146 @@
+"""One consolidated folder a checkpoint: no pickle, independent of world size and ZeRO stage.
+
+checkpoints/step-000012/
+    weights.safetensors   trainable weights, fp32 masters
+    moments.safetensors   both Adam moments, `<name>/exp_avg` and `<name>/exp_avg_sq`
+    settings.yaml         the run's settings
+    state.json            TrainState, hash of the store's manifest, sha256 of the files above
+A folder is written under a temporary name, synced and renamed: one with the final name is complete. Dropout and plans
+are functions of (seed, step), so there is no random state to save.
+"""
+
+import dataclasses
+import hashlib
+import json
+import logging
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from pipeline.runtime.engine import MOMENTS
+from pipeline.settings import Settings, dump_settings, load_settings
+
+log = logging.getLogger(__name__)
+
+FILES = ("weights.safetensors", "moments.safetensors", "settings.yaml")
+# A resumed run may differ from the saved one in these settings only: they do not change what is learned.
+MAY_CHANGE = (
+    "run.output_dir",
+    "run.deepspeed",
+    "run.chunk_tokens",
+    "run.save_every",
+    "run.keep_last",
+    "run.tracker",
+    "data.root",
+    "data.store",
+    "model.attention_kernel",
+    "model.activation_checkpointing",
+)
+
+
+@dataclass(frozen=True)
+class TrainState:
+    """Where a run stands: `step` steps are done, so the next one is number `step`."""
+
+    step: int = 0
+    seed: int = 0
+    tokens_seen: int = 0
+    queries_seen: int = 0
+
+
+def save_checkpoint(
+    folder: Path,
+    state: TrainState,
+    trainable: dict[str, dict[str, Tensor]],
+    settings: Settings,
+    manifest_hash: str,
+    keep_last: int,
+) -> Path:
+    """Write `folder`/step-XXXXXX atomically (first rank only) and remove all but the newest `keep_last`."""
+    final = folder / f"step-{state.step:06d}"
+    partial = folder / f".partial-{final.name}"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    save_file({name: parts["weight"] for name, parts in trainable.items()}, partial / FILES[0])
+    moments = {f"{name}/{key}": parts[key] for name, parts in trainable.items() for key in MOMENTS}
+    save_file(moments, partial / FILES[1])
+    (partial / FILES[2]).write_text(dump_settings(settings), encoding="utf-8")
+    record = {"state": dataclasses.asdict(state), "manifest_sha256": manifest_hash}
+    record["sha256"] = {name: _sha256(partial / name) for name in FILES}
+    (partial / "state.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    for path in (*partial.iterdir(), partial):
+        _sync(path)
+    if final.exists():
+        shutil.rmtree(final)
+    partial.rename(final)
+    _sync(folder)
+    for old in sorted(folder.glob("step-*"))[:-keep_last]:
+        shutil.rmtree(old)
+    return final
+
+
+def find_checkpoint(folder: Path) -> Path | None:
+    """The newest complete checkpoint; a damaged one is named in a warning and the one before it is taken."""
+    for candidate in sorted(folder.glob("step-*"), reverse=True):
+        try:
+            record = json.loads((candidate / "state.json").read_text(encoding="utf-8"))
+            broken = [name for name in FILES if _sha256(candidate / name) != record["sha256"][name]]
+        except (OSError, ValueError, KeyError) as error:
+            broken = [f"state.json ({error})"]
+        if not broken:
+            return candidate
+        log.warning("checkpoint %s is damaged (%s); trying the one before", candidate, ", ".join(broken))
+    return None
+
+
+def load_checkpoint(
+    checkpoint: Path, settings: Settings, manifest_hash: str
+) -> tuple[TrainState, dict[str, dict[str, Tensor]]]:
+    """State, weights and moments of a checkpoint; ValueError if it belongs to other data or other settings."""
+    record = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+    remedy = "use another run.output_dir to start a new run"
+    if record["manifest_sha256"] != manifest_hash:
+        raise ValueError(
+            f"{checkpoint} was trained on another token store (manifest {record['manifest_sha256'][:12]}, now "
+            f"{manifest_hash[:12]}); restore data.store, or {remedy}"
+        )
+    saved = _flatten(dataclasses.asdict(load_settings(checkpoint / "settings.yaml")))
+    for key, value in _flatten(dataclasses.asdict(settings)).items():
+        if key not in MAY_CHANGE and saved.get(key) != value:
+            raise ValueError(
+                f"{checkpoint} was saved with {key}={saved.get(key)!r}, now {value!r}; undo that, or {remedy}"
+            )
+    weights, moments = load_file(checkpoint / FILES[0]), load_file(checkpoint / FILES[1])
+    trainable = {
+        name: {"weight": weight} | {key: moments[f"{name}/{key}"] for key in MOMENTS}
+        for name, weight in weights.items()
+    }
+    return TrainState(**record["state"]), trainable
+
+
+def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,237 @@
+"""The only place that imports deepspeed: recipe + JSON -> engine, and a backward pass that reduces once a step.
+
+The JSON owns sharding, offload and communication; the recipe owns batch, precision, optimizer and clipping. A JSON
+that sets what the recipe owns is an error.
+"""
+
+import contextlib
+import functools
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.runtime.ranks import Ranks
+from pipeline.settings import OptimSettings
+
+# DeepSpeed reads this when it is imported; without it, it looks for a GPU and warns on machines that have none.
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+import deepspeed
+from deepspeed.utils import (
+    safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
+    safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
+    safe_set_local_fp32_param,
+    safe_set_local_optimizer_state,
+)
+
+RECIPE_OWNED = {
+    "train_batch_size": "batch.queries",
+    "train_micro_batch_size_per_gpu": "batch.queries and run.chunk_tokens",
+    "gradient_accumulation_steps": "run.chunk_tokens",
+    "optimizer": "optim",
+    "scheduler": "optim.schedule",
+    "gradient_clipping": "optim.clip_norm",
+    "bf16": "model.dtype",
+    "fp16": "model.dtype",
+    "amp": "model.dtype",
+    "torch_autocast": "model.dtype",
+    "data_types": "model.dtype",
+    "activation_checkpointing": "model.activation_checkpointing",
+    "steps_per_print": "the step line",
+}
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def start_distributed(ranks: Ranks) -> None:
+    """Join the process group that the launcher described in the environment."""
+    if ranks.device.type == "cuda":
+        torch.cuda.set_device(ranks.device)
+    deepspeed.init_distributed(dist_backend="nccl" if ranks.device.type == "cuda" else "gloo", verbose=False)
+
+
+def read_deepspeed_json(path: str | Path) -> dict[str, Any]:
+    """The JSON's contents; ValueError if it is missing, malformed or sets what the recipe owns."""
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"run.deepspeed={path}: no such file; ds_configs/ has one for each ZeRO stage")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"run.deepspeed={path} is not valid JSON: {error}") from error
+    for key in RECIPE_OWNED:
+        if key in config:
+            raise ValueError(
+                f"{path} sets {key!r}, which the recipe owns ({RECIPE_OWNED[key]}); remove it from the JSON"
+            )
+    return config
+
+
+def build_engine(
+    encoder: nn.Module, optim: OptimSettings, dtype: str, deepspeed_json: str | Path, ranks: Ranks
+) -> deepspeed.DeepSpeedEngine:
+    """A DeepSpeed engine around the encoder with AdamW on what trains. The schedule's lr is set at every step."""
+    config = read_deepspeed_json(deepspeed_json)
+    config |= {
+        # Sequences are dealt to ranks by tokens, so DeepSpeed's idea of a batch is only a placeholder.
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": optim.clip_norm,
+        "bf16": {"enabled": dtype == "bf16"},
+        "steps_per_print": 2**31,
+        "zero_allow_untested_optimizer": True,
+    }
+    trainable = [p for p in encoder.parameters() if p.requires_grad]
+    assert trainable, "nothing to train: add_lora comes before build_engine"
+    optimizer = torch.optim.AdamW(trainable, lr=optim.lr, weight_decay=optim.weight_decay)
+    engine, *_ = deepspeed.initialize(model=encoder, model_parameters=trainable, optimizer=optimizer, config=config)
+    return engine
+
+
+Backward = Callable[[Tensor, Tensor, bool], None]
+
+
+@contextlib.contextmanager
+def one_reduction(engine: deepspeed.DeepSpeedEngine) -> Iterator[Backward]:
+    """Gives `backward(embeddings_SD, gradient_SD, last)`; gradients are reduced over the ranks once, at the end.
+
+    ZeRO 1-3 take a gradient for a non-scalar output. ZeRO 0 refuses that, so it gets the scalar whose gradient is the
+    same, and reduces on the last chunk. bf16 gradients of many chunks are summed in fp32 (ZeRO 1-3) and rounded once.
+    """
+    if engine.zero_optimization_stage() == 0:
+        yield functools.partial(_backward_zero0, engine)
+        return
+    with engine.coalesce_grad_reduction():
+        if engine.bfloat16_enabled():
+            sums: dict[nn.Parameter, Tensor] = {}
+            yield functools.partial(
+                _backward_fp32_sums, [p for p in engine.module.parameters() if p.requires_grad], sums
+            )
+        else:
+            yield _backward_plain
+
+
+def _backward_plain(embeddings_SD: Tensor, gradient_SD: Tensor, last: bool) -> None:
+    embeddings_SD.backward(gradient_SD)
+
+
+def _backward_zero0(engine: deepspeed.DeepSpeedEngine, embeddings_SD: Tensor, gradient_SD: Tensor, last: bool) -> None:
+    with contextlib.nullcontext() if last else engine.no_sync():
+        engine.backward((embeddings_SD * gradient_SD).sum())
+
+
+def _backward_fp32_sums(
+    parameters: list[nn.Parameter],
+    sums: dict[nn.Parameter, Tensor],
+    embeddings_SD: Tensor,
+    gradient_SD: Tensor,
+    last: bool,
+) -> None:
+    embeddings_SD.backward(gradient_SD)
+    if last and not sums:
+        return
+    for p in parameters:
+        assert p.grad is not None, "every chunk reaches every trainable parameter"
+        sums[p] = sums[p].add_(p.grad) if p in sums else p.grad.float()
+        if last:
+            # In place: under ZeRO-3 the parameter itself is a stub by now, and a new gradient would not fit its shape.
+            p.grad.copy_(sums[p])
+        else:
+            p.grad = None
+
+
+def take_step(engine: deepspeed.DeepSpeedEngine, lr: float) -> float:
+    """One optimizer step at this learning rate; returns the global gradient norm before clipping."""
+    for group in engine.optimizer.param_groups:
+        group["lr"] = lr
+    norm = None
+    if engine.zero_optimization_stage() == 0:
+        norm = torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])
+    engine.step()
+    return float(norm if norm is not None else engine.get_global_grad_norm())
+
+
+def read_state(engine: deepspeed.DeepSpeedEngine) -> dict[str, dict[str, Tensor]]:
+    """What a checkpoint needs, whole and on CPU: name -> {"weight": fp32 master, "exp_avg": ..., "exp_avg_sq": ...}.
+
+    Every rank must call this: under ZeRO the pieces come from all of them.
+    """
+    state: dict[str, dict[str, Tensor]] = {}
+    for name, p in _trainable(engine):
+        if engine.zero_optimization_stage() == 0:
+            master = _master(engine, p)
+            parts = {"weight": master.data} | {key: _torch_optimizer(engine).state[master][key] for key in MOMENTS}
+        else:
+            parts = {"weight": safe_get_full_fp32_param(p)}
+            parts |= {key: safe_get_full_optimizer_state(p, key) for key in MOMENTS}
+        # A copy: safetensors refuses tensors that share memory, and ZeRO 1-2 give views of one flat buffer.
+        state[name] = {key: value.detach().float().cpu().clone().reshape(_shape(p)) for key, value in parts.items()}
+    return state
+
+
+def write_state(
+    engine: deepspeed.DeepSpeedEngine, state: dict[str, dict[str, Tensor]], num_steps: int, ranks: Ranks
+) -> None:
+    """Set weights, moments and step count, the same on every rank; the inverse of `read_state`.
+
+    The optimizer's state must exist (take one step with any gradient first). DeepSpeed's setters reach the fp32
+    master only: the copy that the forward pass reads is written here too, or the next step would use old weights.
+    """
+    stage = engine.zero_optimization_stage()
+    for name, p in _trainable(engine):
+        parts = {key: value.to(ranks.device) for key, value in state[name].items()}
+        if stage == 0:
+            master = _master(engine, p)
+            master.data.copy_(parts["weight"])
+            for key in MOMENTS:
+                _torch_optimizer(engine).state[master][key].copy_(parts[key])
+        elif stage < 3:
+            safe_set_full_fp32_param(p, parts["weight"])
+            for key in MOMENTS:
+                safe_set_full_optimizer_state(p, parts[key], key)
+        else:
+            # The `full` setters fail where the size is not divisible by the ranks; the local ones take a padded slice.
+            safe_set_local_fp32_param(p, _local_slice(parts["weight"], ranks))
+            for key in MOMENTS:
+                safe_set_local_optimizer_state(p, _local_slice(parts[key], ranks), key)
+        with deepspeed.zero.GatheredParameters([p], modifier_rank=0, enabled=stage == 3):
+            if stage < 3 or ranks.is_first:
+                p.data.copy_(parts["weight"])
+    for slot in _torch_optimizer(engine).state.values():
+        slot["step"] = torch.full_like(torch.as_tensor(slot["step"]), float(num_steps))
+
+
+def _trainable(engine: deepspeed.DeepSpeedEngine) -> list[tuple[str, nn.Parameter]]:
+    return [(name, p) for name, p in engine.module.named_parameters() if p.requires_grad]
+
+
+def _shape(p: nn.Parameter) -> torch.Size:
+    return getattr(p, "ds_shape", p.shape)
+
+
+def _torch_optimizer(engine: deepspeed.DeepSpeedEngine) -> torch.optim.Optimizer:
+    return getattr(engine.optimizer, "optimizer", engine.optimizer)
+
+
+def _master(engine: deepspeed.DeepSpeedEngine, p: nn.Parameter) -> nn.Parameter:
+    """ZeRO 0: the parameter itself in fp32; in bf16 the fp32 copy that DeepSpeed's wrapper keeps in the same order."""
+    if not hasattr(engine.optimizer, "fp32_groups"):
+        return p
+    pairs = zip(engine.optimizer.fp16_groups, engine.optimizer.fp32_groups, strict=True)
+    return next(m for low, high in pairs for q, m in zip(low, high, strict=True) if q is p)
+
+
+def _local_slice(full: Tensor, ranks: Ranks) -> Tensor:
+    """This rank's piece of the flat value, zero-padded to a multiple of the ranks: ZeRO-3's layout."""
+    flat = full.flatten()
+    per_rank = -(-flat.numel() // ranks.world_size)
+    padded = flat.new_zeros(per_rank * ranks.world_size)
+    padded[: flat.numel()] = flat
+    return padded[ranks.rank * per_rank : (ranks.rank + 1) * per_rank].clone()

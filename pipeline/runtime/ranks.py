@@ -1,0 +1,82 @@
+"""Who this process is among all processes of a run, and the few collectives on embeddings that a step needs.
+
+S sequences of the whole step, D width, W ranks.
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process's place; `device` is where its tensors live."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    device: torch.device
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+
+def read_ranks(local_rank: int | None = None) -> Ranks:
+    """Place of this process from RANK, WORLD_SIZE and LOCAL_RANK; alone where no launcher set them."""
+    local = int(os.environ.get("LOCAL_RANK", local_rank if local_rank is not None else 0))
+    os.environ.setdefault("LOCAL_RANK", str(local))
+    for name, alone in (("RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "29555")):
+        os.environ.setdefault(name, alone)
+    device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
+    return Ranks(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), local, device)
+
+
+def share_cores(ranks: Ranks) -> int:
+    """On CPU, give each process of a machine its share of the cores (unless OMP_NUM_THREADS says); returns it."""
+    if ranks.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        on_this_machine = int(os.environ.get("LOCAL_WORLD_SIZE", ranks.world_size))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // on_this_machine))
+    return torch.get_num_threads()
+
+
+def gather_embeddings(local_SD: Tensor, sequences_of_rank: Sequence[np.ndarray], ranks: Ranks) -> Tensor:
+    """All sequences' embeddings on every rank, in the order of the step.
+
+    Args:
+        local_SD: this rank's, in the order of sequences_of_rank[rank].
+        sequences_of_rank: for each rank the sequence numbers it encoded; together a permutation of 0 .. S - 1.
+    """
+    longest = max(len(s) for s in sequences_of_rank)
+    padded = local_SD.new_zeros(longest, local_SD.shape[1])
+    padded[: len(local_SD)] = local_SD
+    parts = [padded]
+    if ranks.world_size > 1:
+        parts = [torch.empty_like(padded) for _ in range(ranks.world_size)]
+        dist.all_gather(parts, padded)
+    order = torch.from_numpy(np.concatenate(sequences_of_rank)).to(local_SD.device)
+    in_rank_order = torch.cat([part[: len(s)] for part, s in zip(parts, sequences_of_rank, strict=True)])
+    return torch.empty_like(in_rank_order).index_copy_(0, order, in_rank_order)
+
+
+def sum_over_ranks(tensor: Tensor, ranks: Ranks) -> Tensor:
+    """The sum over all ranks, on every rank (in place)."""
+    if ranks.world_size > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def gather_values(value: float, ranks: Ranks) -> list[float]:
+    """One number of every rank, on every rank."""
+    mine = torch.tensor([value], dtype=torch.float64, device=ranks.device)
+    parts = [torch.empty_like(mine) for _ in range(ranks.world_size)]
+    if ranks.world_size > 1:
+        dist.all_gather(parts, mine)
+    else:
+        parts = [mine]
+    return [float(part) for part in parts]

@@ -1,0 +1,134 @@
+"""What a run leaves to read: the logger, one line a step, metrics.jsonl, a tracker if asked for, loss.png."""
+
+import importlib.util
+import json
+import logging
+import resource
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.runtime.ranks import Ranks
+
+Track = Callable[[dict[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """One line of metrics.jsonl. Tokens are real tokens; there is no padding to count."""
+
+    step: int
+    epoch: int
+    dataset: str
+    loss: float
+    grad_norm: float
+    lr: float
+    seconds: float
+    queries: int
+    queries_per_second: float
+    tokens: int
+    tokens_per_second: float
+    memory_gib: float  # peak on this rank: allocator on GPU, resident set on CPU
+    chunks: int  # per rank
+    passes: int  # forward passes over each chunk
+    examples_per_query: float
+    examples_dropped: int
+    passages: int
+    passages_saved: float  # share of candidates that needed no encoding of their own
+    rows_revisited: int
+    clipped: bool
+
+
+def set_up_logging(ranks: Ranks) -> None:
+    """First rank: everything to stdout. Others: warnings only, with their rank in front."""
+    who = "" if ranks.is_first else f"[rank {ranks.rank}] "
+    logging.basicConfig(
+        stream=sys.stdout,
+        level=logging.INFO if ranks.is_first else logging.WARNING,
+        format=f"{who}%(asctime)s %(levelname).1s %(message)s",
+        datefmt="%H:%M:%S",
+        force=True,
+    )
+    for noisy in ("DeepSpeed", "httpx", "transformers"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def step_line(m: StepMetrics, total_steps: int, seconds_left: float) -> str:
+    """The one line a step that people watch."""
+    minutes, seconds = divmod(int(seconds_left), 60)
+    return (
+        f"step {m.step + 1}/{total_steps} | {m.dataset} | loss {m.loss:.4f} | grad {m.grad_norm:.2f}"
+        f"{' clipped' if m.clipped else ''} | lr {m.lr:.2e} | {m.queries_per_second:.1f} q/s | "
+        f"{m.tokens_per_second:,.0f} tok/s | mem {m.memory_gib:.2f} GiB | {m.chunks} chunks x {m.passes} | "
+        f"{m.examples_per_query:.1f} examples/q | {m.seconds:.2f} s | eta {minutes // 60}h{minutes % 60:02d}m{seconds:02d}s"
+    )
+
+
+def start_metrics(path: Path, first_step: int) -> None:
+    """Make metrics.jsonl end just before `first_step`: steps after the last checkpoint are done again."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] < first_step]
+    path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+
+
+def append_metrics(path: Path, metrics: StepMetrics) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(asdict(metrics)) + "\n")
+
+
+def open_tracker(kind: str, folder: Path, settings: dict[str, Any]) -> Track:
+    """A function that takes one step's metrics; ValueError if the tracker asked for is not installed."""
+    packages = {"none": "json", "tensorboard": "tensorboard", "wandb": "wandb"}
+    if importlib.util.find_spec(packages[kind]) is None:
+        raise ValueError(f"run.tracker={kind} is not installed; pip install bge-icl-train[tracking], or set it to none")
+    if kind == "tensorboard":
+        from torch.utils.tensorboard import SummaryWriter
+
+        writer = SummaryWriter(str(folder / "tensorboard"))
+
+        def to_tensorboard(metrics: dict[str, Any]) -> None:
+            for name, value in metrics.items():
+                if isinstance(value, (int, float)):
+                    writer.add_scalar(name, value, metrics["step"])
+            writer.flush()
+
+        return to_tensorboard
+    if kind == "wandb":
+        import wandb
+
+        run = wandb.init(project="bge-icl-train", dir=str(folder), config=settings, resume="allow")
+        return lambda metrics: run.log(metrics, step=metrics["step"])
+    return lambda metrics: None
+
+
+def plot_losses(metrics_path: Path, picture: Path) -> None:
+    """loss.png: loss of every step, one colour a dataset, and the learning rate."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = [json.loads(line) for line in metrics_path.read_text(encoding="utf-8").splitlines()]
+    figure, (top, bottom) = plt.subplots(2, 1, figsize=(8, 6), sharex=True, height_ratios=(3, 1))
+    top.plot([r["step"] for r in rows], [r["loss"] for r in rows], color="0.8", linewidth=1, zorder=1)
+    for name in sorted({r["dataset"] for r in rows}):
+        mine = [r for r in rows if r["dataset"] == name]
+        top.scatter([r["step"] for r in mine], [r["loss"] for r in mine], s=14, label=name, zorder=2)
+    top.set_ylabel("loss")
+    top.legend(fontsize="small")
+    bottom.plot([r["step"] for r in rows], [r["lr"] for r in rows])
+    bottom.set_ylabel("learning rate")
+    bottom.set_xlabel("step")
+    figure.tight_layout()
+    figure.savefig(picture, dpi=120)
+    plt.close(figure)

@@ -1,0 +1,142 @@
+"""One global step: from its plan to gradients in the parameters, over all ranks.
+
+T packed tokens, S sequences of the step (queries, then distinct passages), B rows, P distinct passages, C candidates,
+D width, W ranks.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.data.composing import Limits, plan_lengths, sequence_ids
+from pipeline.data.packing import deal, pack_chunk
+from pipeline.data.store import TokenStore
+from pipeline.datatypes import BatchPlan, PackedChunk
+from pipeline.model.grad_cache import two_pass_step
+from pipeline.model.loss import LossTargets, contrastive_loss
+from pipeline.runtime.engine import one_reduction
+from pipeline.runtime.ranks import Ranks, gather_embeddings, sum_over_ranks
+from pipeline.settings import LossSettings
+
+
+@dataclass(frozen=True)
+class StepInputs:
+    """What one rank needs for one step; the numbers are those of the whole step."""
+
+    plan: BatchPlan
+    chunks: list[PackedChunk]
+    sequences_of_rank: list[np.ndarray]
+    targets: LossTargets
+    rows: slice
+    num_tokens: int
+    num_chunks: int
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """loss: mean over all rows of the step. num_passes: forward passes made over each chunk."""
+
+    loss: float
+    num_passes: int
+
+
+def prepare_step(store: TokenStore, limits: Limits, plan: BatchPlan, ranks: Ranks, chunk_tokens: int) -> StepInputs:
+    """Deal the plan's sequences to the ranks, pack this rank's chunks, cut out its rows of the loss."""
+    length_S = plan_lengths(store, limits, plan)
+    dealt = deal(length_S, ranks.world_size, chunk_tokens)
+    chunks = [
+        pack_chunk(sequence_S, [sequence_ids(store, limits, plan, int(s)) for s in sequence_S])
+        for sequence_S in dealt[ranks.rank]
+    ]
+    edges = np.linspace(0, plan.num_queries, ranks.world_size + 1).round().astype(int)
+    rows = slice(int(edges[ranks.rank]), int(edges[ranks.rank + 1]))
+    return StepInputs(
+        plan=plan,
+        chunks=chunks,
+        sequences_of_rank=[np.concatenate(chunks_of_rank) for chunks_of_rank in dealt],
+        targets=loss_targets(plan, rows, ranks.device),
+        rows=rows,
+        num_tokens=int(length_S.sum()),
+        num_chunks=len(chunks),
+    )
+
+
+def loss_targets(plan: BatchPlan, rows: slice, device: torch.device) -> LossTargets:
+    """The plan's candidates for the rows of one rank, as tensors."""
+    first, last = plan.group_offsets[rows.start], plan.group_offsets[rows.stop]
+    offsets = plan.group_offsets[rows.start : rows.stop + 1] - first
+    candidate_C = plan.candidate_C[first:last]
+    copies_P = np.bincount(plan.candidate_C, minlength=plan.num_passages)
+    unscored_B = np.add.reduceat(np.isnan(plan.teacher_score_C), plan.group_offsets[:-1]) > 0
+
+    def tensor(array: np.ndarray) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array)).to(device)
+
+    return LossTargets(
+        candidate_C=tensor(candidate_C),
+        row_C=tensor(np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))),
+        group_offsets=tensor(offsets),
+        positive_text_B=tensor(plan.passage_text_P[candidate_C[offsets[:-1]]]),
+        text_P=tensor(plan.passage_text_P),
+        copies_P=tensor(copies_P) if plan.in_batch_negatives else None,
+        teacher_score_C=tensor(plan.teacher_score_C[first:last]),
+        num_rows=plan.num_queries,
+        num_scored_rows=int((~unscored_B).sum()),
+    )
+
+
+def encode_chunk(encoder: Any, chunk: PackedChunk, device: torch.device) -> Tensor:
+    """One forward pass of the encoder (or the engine around it) over a packed chunk: embeddings_SD."""
+    return encoder(
+        torch.from_numpy(chunk.input_ids_T).to(device),
+        torch.from_numpy(chunk.position_ids_T).to(device),
+        torch.from_numpy(chunk.cu_seqlens).to(device),
+        chunk.max_seqlen,
+    )
+
+
+def run_step(engine: Any, inputs: StepInputs, loss_settings: LossSettings, ranks: Ranks, seed: int) -> StepResult:
+    """Forward and backward of one global step: afterwards the engine holds the gradient and may step.
+
+    Dropout differs between ranks, chunks and steps and is a function of (seed, step, rank, chunk) alone, so a step
+    that is replayed after a restart makes the same draws.
+    """
+    plan = inputs.plan
+
+    def embedding_gradients(cached: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        real = [e for e, chunk in zip(cached, inputs.chunks, strict=True) if chunk.sequence_S[0] >= 0]
+        local_SD = torch.cat(real) if real else cached[0][:0]
+        all_SD = gather_embeddings(local_SD, inputs.sequences_of_rank, ranks).requires_grad_()
+        query_BD, passage_PD = all_SD[inputs.rows], all_SD[plan.num_queries :]
+        share = contrastive_loss(
+            query_BD, passage_PD, inputs.targets, loss_settings.temperature, loss_settings.distillation_weight
+        )
+        share.backward()
+        assert all_SD.grad is not None
+        # DeepSpeed averages gradients over the ranks; the loss is one mean over all rows, so undo that here.
+        gradient_SD = sum_over_ranks(all_SD.grad, ranks) * ranks.world_size
+        gradients = [
+            gradient_SD[torch.from_numpy(chunk.sequence_S).to(ranks.device)]
+            if chunk.sequence_S[0] >= 0
+            else torch.zeros_like(embeddings)
+            for chunk, embeddings in zip(inputs.chunks, cached, strict=True)
+        ]
+        return sum_over_ranks(share.detach(), ranks), gradients
+
+    with one_reduction(engine) as backward:
+        result = two_pass_step(
+            inputs.chunks,
+            [chunk_seed(seed, plan.step, ranks.rank, i) for i in range(len(inputs.chunks))],
+            lambda chunk: encode_chunk(engine, chunk, ranks.device),
+            embedding_gradients,
+            backward,
+        )
+    return StepResult(float(result.loss), result.num_passes)
+
+
+def chunk_seed(seed: int, step: int, rank: int, chunk: int) -> int:
+    """Seed of a chunk's dropout."""
+    return int(np.random.SeedSequence((seed, step, rank, chunk)).generate_state(1, np.uint64)[0] >> np.uint64(1))

@@ -1,0 +1,126 @@
+"""Gradients of one step, written to a file: run by test_gradients.py, through the launcher or (reference) plainly.
+
+python gradient_worker.py reference RECIPE OUT           one process, no DeepSpeed, no caching, sequences one by one
+deepspeed ... gradient_worker.py engine RECIPE OUT       every ZeRO stage and chunk budget, 1 or more ranks
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+
+from pipeline.data.composing import Limits, sequence_ids
+from pipeline.data.sampling import make_schedule, plan_step
+from pipeline.data.store import open_store
+from pipeline.datatypes import BatchPlan
+from pipeline.model.encoder import Encoder, add_lora, load_encoder, trainable_parameters
+from pipeline.settings import Settings, load_settings
+
+REPOSITORY = Path(__file__).parent.parent
+CHUNK_TOKENS = {"one": 100_000, "few": 800, "many": 190}  # few: shared by the ranks
+
+
+def build_encoder(settings: Settings, tokens) -> Encoder:
+    """The same weights in every process; lora_B is not zero, or lora_A would have no gradient."""
+    encoder = load_encoder(settings.model, tokens.marker_ids, tokens.marker_subtokens)
+    torch.manual_seed(settings.run.seed)
+    add_lora(encoder, settings.model.lora)
+    for name, p in trainable_parameters(encoder).items():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p, std=0.05)
+    return encoder.train()
+
+
+def steps_of_interest(store, schedule) -> list[BatchPlan]:
+    """The first step of every task type."""
+    plans: dict[str, BatchPlan] = {}
+    for step in range(schedule.steps_per_epoch):
+        plan = plan_step(store, schedule, step)
+        plans.setdefault(plan.task_type, plan)
+    return list(plans.values())
+
+
+def reference_loss(encoder: Encoder, store, limits, plan: BatchPlan, settings: Settings) -> torch.Tensor:
+    """Every sequence alone, every candidate written out: no packing, no distinct passages, no kernels of ours."""
+
+    def embed(s: int) -> torch.Tensor:
+        ids = torch.from_numpy(sequence_ids(store, limits, plan, s))
+        cu_seqlens = torch.tensor([0, len(ids)], dtype=torch.int32)
+        return encoder(ids, torch.arange(len(ids)), cu_seqlens, len(ids))[0]
+
+    passages = [embed(plan.num_queries + p) for p in range(plan.num_passages)]
+    text_P, offsets = plan.passage_text_P, plan.group_offsets
+    losses, divergences = [], []
+    for b in range(plan.num_queries):
+        group = plan.candidate_C[offsets[b] : offsets[b + 1]]
+        others = np.concatenate([plan.candidate_C[: offsets[b]], plan.candidate_C[offsets[b + 1] :]])
+        rivals = np.concatenate([group[1:], others if plan.in_batch_negatives else others[:0]])
+        kept = [group[0], *(p for p in rivals if text_P[p] != text_P[group[0]])]
+        query = embed(b)
+        logits = torch.stack([query @ passages[p] for p in kept]) / settings.loss.temperature
+        losses.append(torch.logsumexp(logits, 0) - logits[0])
+        teacher = torch.from_numpy(plan.teacher_score_C[offsets[b] : offsets[b + 1]])
+        if not torch.isnan(teacher).any():
+            student = torch.stack([query @ passages[p] for p in group]) / settings.loss.temperature
+            divergences.append(-(torch.softmax(teacher, 0) * torch.log_softmax(student, 0)).sum())
+    loss = torch.stack(losses).mean()
+    return loss + settings.loss.distillation_weight * torch.stack(divergences).mean() if divergences else loss
+
+
+def run_reference(settings: Settings, out: str) -> None:
+    store = open_store(settings.data.store)
+    limits = Limits.from_settings(settings.preprocess)
+    gradients = {}
+    for plan in steps_of_interest(store, make_schedule(store, settings)):
+        encoder = build_encoder(settings, store.manifest.tokens)
+        loss = reference_loss(encoder, store, limits, plan, settings)
+        loss.backward()
+        gradients[f"{plan.task_type}|loss"] = loss.detach()[None]
+        for name, p in trainable_parameters(encoder).items():
+            gradients[f"{plan.task_type}|{name}"] = p.grad
+    save_file(gradients, out)
+
+
+def run_engine(settings: Settings, out: str, stages: str) -> None:
+    from deepspeed.utils import safe_get_full_grad
+
+    from pipeline.runtime.engine import build_engine, start_distributed
+    from pipeline.runtime.ranks import read_ranks, share_cores
+    from pipeline.runtime.step import prepare_step, run_step
+
+    ranks = read_ranks()
+    share_cores(ranks)
+    start_distributed(ranks)
+    store = open_store(settings.data.store)
+    limits = Limits.from_settings(settings.preprocess)
+    plans = steps_of_interest(store, make_schedule(store, settings))
+    gradients = {}
+    for stage in stages.split(","):
+        encoder = build_encoder(settings, store.manifest.tokens)
+        config = REPOSITORY / "ds_configs" / f"zero{stage[0]}.json"
+        engine = build_engine(encoder, settings.optim, settings.model.dtype, config, ranks)
+        for plan in plans:
+            for budget, chunk_tokens in CHUNK_TOKENS.items():
+                budget_of_rank = chunk_tokens // ranks.world_size if budget == "few" else chunk_tokens
+                inputs = prepare_step(store, limits, plan, ranks, budget_of_rank)
+                result = run_step(engine, inputs, settings.loss, ranks, settings.run.seed)
+                key = f"{stage}|{budget}|{plan.task_type}"
+                gradients[f"{key}|loss"] = torch.tensor([result.loss])
+                gradients[f"{key}|chunks"] = torch.tensor([inputs.num_chunks])
+                for name, p in trainable_parameters(engine.module).items():
+                    gradients[f"{key}|{name}"] = safe_get_full_grad(p).float().clone()
+                engine.optimizer.zero_grad()
+                engine.zero_grad()
+    if ranks.is_first:
+        save_file(gradients, out)
+
+
+if __name__ == "__main__":
+    arguments = [a for a in sys.argv[1:] if not a.startswith("--local_rank")]
+    loaded = load_settings(arguments[1], arguments[4:] if arguments[0] == "engine" else arguments[3:])
+    if arguments[0] == "reference":
+        run_reference(loaded, arguments[2])
+    else:
+        run_engine(loaded, arguments[2], arguments[3])

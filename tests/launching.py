@@ -1,0 +1,46 @@
+"""Start real runs as a user would: the deepspeed launcher, on CPU, with a free port."""
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+REPOSITORY = Path(__file__).parent.parent
+
+
+def environment() -> dict[str, str]:
+    """This environment, with the scripts of the interpreter's own environment first and no GPU."""
+    binaries = str(Path(sys.executable).parent)
+    return os.environ | {
+        "PATH": binaries + os.pathsep + os.environ.get("PATH", ""),
+        "CUDA_VISIBLE_DEVICES": "",
+        "DS_ACCELERATOR": "cpu",
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "OMP_NUM_THREADS": "1",  # small tensors, and other tests beside this one
+    }
+
+
+def launch(
+    script: str | Path, arguments: Sequence[str], world_size: int, cwd: Path = REPOSITORY
+) -> subprocess.CompletedProcess[str]:
+    """`deepspeed --num_accelerators W script ...`; the result holds both outputs."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = ["deepspeed", "--num_accelerators", str(world_size), "--master_port", str(port), str(script), *arguments]
+    return subprocess.run(command, cwd=cwd, env=environment(), capture_output=True, text=True, timeout=900)
+
+
+def run_python(
+    script: str | Path, arguments: Sequence[str], cwd: Path = REPOSITORY
+) -> subprocess.CompletedProcess[str]:
+    """`python script ...` in a process of its own."""
+    command = [sys.executable, str(script), *arguments]
+    return subprocess.run(command, cwd=cwd, env=environment(), capture_output=True, text=True, timeout=900)
+
+
+def require_success(result: subprocess.CompletedProcess[str]) -> None:
+    assert result.returncode == 0, f"{result.args}\n{result.stdout[-4000:]}\n{result.stderr[-6000:]}"

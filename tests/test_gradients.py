@@ -1,0 +1,72 @@
+"""Gradients of the two-pass step through the real launcher, against a process without DeepSpeed or caching.
+
+ZeRO 0, 1, 2, 3 x 1 and 2 ranks x three chunk counts, one step of each task type: unequal lengths, negatives from the
+other rank, repeated passages, teacher scores, LoRA and marker rows.
+"""
+
+from collections import defaultdict
+
+import pytest
+import torch
+from launching import REPOSITORY, launch, require_success, run_python
+from safetensors.torch import load_file
+
+from pipeline.preprocess import main as preprocess
+
+WORKER = REPOSITORY / "tests" / "gradient_worker.py"
+
+
+@pytest.fixture(scope="module")
+def recipe(tiny_training):
+    assert preprocess(["--config", str(tiny_training), "--processes", "1"]) == 0
+    return tiny_training
+
+
+@pytest.fixture(scope="module")
+def reference(recipe, tmp_path_factory):
+    out = tmp_path_factory.mktemp("reference") / "gradients.safetensors"
+    require_success(run_python(WORKER, ["reference", str(recipe), str(out)]))
+    return load_file(out)
+
+
+def relative_error(value: torch.Tensor, truth: torch.Tensor) -> float:
+    return float((value.double() - truth.double()).norm() / truth.double().norm())
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_every_zero_stage_and_chunk_count_gives_the_reference_gradient(world_size, recipe, reference, tmp_path):
+    out = tmp_path / "gradients.safetensors"
+    require_success(launch(WORKER, ["engine", str(recipe), str(out), "0,1,2,3"], world_size))
+    gradients = load_file(out)
+    names = {key.split("|", 1)[1] for key in reference}
+    assert any("marker_rows" in name for name in names) and any("lora_A" in name for name in names)
+    chunk_counts, compared = defaultdict(set), 0
+    for key, value in gradients.items():
+        stage, budget, task_type, name = key.split("|")
+        if name == "chunks":
+            chunk_counts[task_type].add(int(value))
+            continue
+        error = relative_error(value, reference[f"{task_type}|{name}"])
+        assert error <= 1e-5, f"{key}: relative error {error:.1e}"
+        compared += 1
+    assert compared == 4 * 3 * len(reference)
+    assert len(chunk_counts) == 5 and all(len(counts) >= 3 for counts in chunk_counts.values()), chunk_counts
+    assert all(1 in counts for counts in chunk_counts.values())
+
+
+def test_with_dropout_stages_agree_and_a_stage_repeats_bit_for_bit(recipe, reference, tmp_path):
+    out = tmp_path / "gradients.safetensors"
+    arguments = ["engine", str(recipe), str(out), "0,1,2,3,3again", "model.lora.dropout=0.1"]
+    require_success(launch(WORKER, arguments, 2))
+    gradients = load_file(out)
+    without = False
+    for key, value in gradients.items():
+        stage, rest = key.split("|", 1)
+        if rest.endswith("chunks"):
+            continue
+        assert relative_error(value, gradients[f"0|{rest}"]) <= 1e-5, key
+        if stage == "3":
+            assert torch.equal(value, gradients[f"3again|{rest}"]), key
+        _, task_type, name = rest.split("|")
+        without |= relative_error(value, reference[f"{task_type}|{name}"]) > 1e-2
+    assert without, "dropout changed nothing, so this test compared runs without dropout"

@@ -1,0 +1,165 @@
+"""Whole runs through the deepspeed launcher: resume, bad input, what a run folder holds."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from launching import REPOSITORY, launch, require_success, run_python
+from safetensors.torch import load_file
+
+from pipeline.preprocess import main as preprocess
+from pipeline.runtime.engine import read_deepspeed_json
+from pipeline.settings import OptimSettings
+from pipeline.train import learning_rate
+
+TRAIN = REPOSITORY / "pipeline" / "train.py"
+# Two ranks, ZeRO-3, several chunks a step, dropout: what makes exact resume hard.
+COMMON = ["model.lora.dropout=0.1", "optim.max_steps=6", "run.save_every=3", "run.chunk_tokens=700"]
+
+
+@pytest.fixture(scope="module")
+def recipe(tiny_training):
+    assert preprocess(["--config", str(tiny_training), "--processes", "1"]) == 0
+    return tiny_training
+
+
+def train(recipe, out, *overrides, world_size=2, config=None):
+    arguments = ["--config", str(config or recipe), *COMMON, f"run.output_dir={out}", *overrides]
+    return launch(TRAIN, arguments, world_size)
+
+
+def losses(out):
+    return [json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def whole_run(recipe, tmp_path_factory):
+    out = tmp_path_factory.mktemp("whole")
+    result = train(recipe, out)
+    require_success(result)
+    return out, result.stdout
+
+
+def cut_back(source, target):
+    """The run as a kill after step 4 leaves it: newest checkpoint of step 3, metrics beyond it."""
+    shutil.copytree(source, target)
+    shutil.rmtree(target / "checkpoints" / "step-000006")
+    shutil.rmtree(target / "model")
+    lines = (target / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (target / "metrics.jsonl").write_text("".join(lines[:4]) + '{"step": 4, "los')
+    return target
+
+
+def test_run_folder_holds_everything(whole_run):
+    out, stdout = whole_run
+    for name in ("settings.yaml", "metrics.jsonl", "loss.png", "checkpoints/step-000003", "checkpoints/step-000006"):
+        assert (out / name).exists(), name
+    for name in ("adapter_model.safetensors", "adapter_config.json", "markers.safetensors", "embedder.json"):
+        assert (out / "model" / name).exists(), name
+    assert len(losses(out)) == 6 and stdout.count("| loss ") == 6
+    metrics = json.loads((out / "metrics.jsonl").read_text().splitlines()[0])
+    assert metrics["chunks"] >= 2 and metrics["passes"] == 2 and metrics["tokens"] > 0
+    adapter = load_file(out / "model" / "adapter_model.safetensors")
+    assert all(value.norm() > 0 for name, value in adapter.items() if "lora_B" in name)
+
+
+def test_resume_on_the_same_ranks_is_bit_for_bit(recipe, whole_run, tmp_path):
+    out = cut_back(whole_run[0], tmp_path / "cut")
+    result = train(recipe, out)
+    require_success(result)
+    assert "resumed from" in result.stdout and "step 3 of 6" in result.stdout
+    assert losses(out) == losses(whole_run[0])
+    for name in ("weights.safetensors", "moments.safetensors"):
+        resumed = load_file(out / "checkpoints" / "step-000006" / name)
+        truth = load_file(whole_run[0] / "checkpoints" / "step-000006" / name)
+        assert resumed.keys() == truth.keys() and len(truth) > 10
+        for key, value in truth.items():
+            assert torch.equal(resumed[key], value), key
+
+
+def test_resume_on_other_ranks_and_stage_is_close(recipe, tmp_path):
+    """Dropout draws go by rank and chunk, so closeness across world sizes is asked of a run without dropout."""
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    require_success(train(recipe, whole, "model.lora.dropout=0.0"))
+    cut_back(whole, cut)
+    stage1 = f"run.deepspeed={REPOSITORY / 'ds_configs' / 'zero1.json'}"
+    require_success(train(recipe, cut, "model.lora.dropout=0.0", stage1, world_size=1))
+    assert losses(cut) == pytest.approx(losses(whole), rel=1e-5)
+    truth = load_file(whole / "checkpoints" / "step-000006" / "weights.safetensors")
+    resumed = load_file(cut / "checkpoints" / "step-000006" / "weights.safetensors")
+    for key, value in truth.items():
+        assert (resumed[key] - value).norm() <= 1e-4 * value.norm(), key
+
+
+def test_damaged_newest_checkpoint_is_named_and_the_one_before_taken(recipe, whole_run, tmp_path):
+    out = tmp_path / "damaged"
+    shutil.copytree(whole_run[0], out)
+    weights = out / "checkpoints" / "step-000006" / "weights.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    result = train(recipe, out)
+    require_success(result)
+    assert "step-000006 is damaged" in result.stdout and "step 3 of 6" in result.stdout
+    assert losses(out) == losses(whole_run[0])
+
+
+def one_error(result):
+    errors = [line for line in result.stderr.splitlines() if "error: " in line]
+    assert result.returncode != 0 and len(errors) == 1, result.stderr[-3000:]
+    assert "Traceback" not in result.stderr
+    return errors[0]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optim.lr=0.5", "was saved with optim.lr="),
+        ("run.chunk_tokens=10", "run.chunk_tokens=10 cannot hold one sequence"),
+        ("preprocess.max_query_tokens=40", "max_query_tokens"),
+        ("run.tracker=wandb", "run.tracker=wandb is not installed"),
+    ],
+)
+def test_bad_input_is_one_clear_message(recipe, whole_run, tmp_path, override, message):
+    out = tmp_path / "bad"
+    shutil.copytree(whole_run[0], out)
+    before = {path: path.stat().st_size for path in out.rglob("*")}
+    result = run_python(TRAIN, ["--config", str(recipe), *COMMON, f"run.output_dir={out}", override])
+    assert message in one_error(result)
+    assert {path: path.stat().st_size for path in out.rglob("*")} == before
+
+
+def test_bad_input_under_the_launcher_is_said_once(recipe, tmp_path):
+    error = one_error(train(recipe, tmp_path / "out", "batch.queries=7"))
+    assert "which 2 ranks cannot share evenly" in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_deepspeed_json_may_not_set_what_the_recipe_owns(tmp_path):
+    clash = tmp_path / "clash.json"
+    clash.write_text(json.dumps({"zero_optimization": {"stage": 3}, "gradient_clipping": 1.0}))
+    with pytest.raises(ValueError, match="sets 'gradient_clipping', which the recipe owns .optim.clip_norm"):
+        read_deepspeed_json(clash)
+    with pytest.raises(ValueError, match="no such file"):
+        read_deepspeed_json(tmp_path / "nothing.json")
+    for config in sorted((REPOSITORY / "ds_configs").glob("*.json")):
+        assert "zero_optimization" in read_deepspeed_json(config)
+
+
+def test_other_data_is_refused_on_resume(recipe, whole_run, tmp_path):
+    out, store = tmp_path / "out", tmp_path / "store"
+    shutil.copytree(whole_run[0], out)
+    changed = tmp_path / "data"
+    shutil.copytree(recipe.parent / "data", changed)
+    lines = (changed / "normal.jsonl").read_text().splitlines(keepends=True)
+    (changed / "normal.jsonl").write_text("".join(lines[:-1]))
+    where = [f"data.root={changed}", f"data.store={store}"]
+    assert preprocess(["--config", str(recipe), *where]) == 0
+    result = run_python(TRAIN, ["--config", str(recipe), *COMMON, f"run.output_dir={out}", *where])
+    assert "was trained on another token store" in one_error(result)
+
+
+def test_learning_rate_warms_up_and_decays():
+    linear = OptimSettings(lr=1.0, warmup_steps=4)
+    assert [learning_rate(linear, step, 10) for step in (0, 3, 4, 7, 9)] == pytest.approx([0.25, 1.0, 1.0, 0.5, 1 / 6])
+    cosine = OptimSettings(lr=1.0, schedule="cosine")
+    assert [learning_rate(cosine, step, 4) for step in (0, 2)] == pytest.approx([1.0, 0.5])
