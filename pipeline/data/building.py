@@ -1,0 +1,381 @@
+"""Building a token store: raw files -> units (A) -> text shards (B) -> row tables and manifest (C).
+
+All work happens in <store>.partial, which becomes the store by a rename at the end, so a store is whole or absent.
+Every unit and shard is complete or absent too: an interrupted build goes on where it stopped, as long as settings,
+tokenizer and raw files are the same. No file depends on the number of processes.
+"""
+
+import fcntl
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from pipeline.data.composing import Limits, compose_query, compose_wrapped
+from pipeline.data.joining import check_joined
+from pipeline.data.parallel import open_pool, run_tasks
+from pipeline.data.pieces import KINDS
+from pipeline.data.quality import require_usable, write_quarantine
+from pipeline.data.raw import BLOCK_BYTES, Block, is_gzip, iter_blocks
+from pipeline.data.row_tables import (
+    HISTOGRAM_EDGES,
+    Measures,
+    TextIndex,
+    count_uses,
+    histogram,
+    length_keys,
+    load_rows,
+    load_text_index,
+    write_table,
+)
+from pipeline.data.sources import (
+    Source,
+    find_source,
+    full_identity,
+    group_size_of,
+    raw_identity,
+    require_replaceable,
+    require_up_to_date,
+)
+from pipeline.data.store import (
+    FORMAT_VERSION,
+    MANIFEST,
+    DatasetEntry,
+    Manifest,
+    StoredFile,
+    dump_manifest,
+    file_sha256,
+    limits_dict,
+    open_store,
+)
+from pipeline.data.text_shards import ShardTask, Width, build_shard, save_encoder
+from pipeline.data.tokenizing import PromptTokenizer, PromptTokens, load_tokenizer, tokenize_pieces
+from pipeline.data.units import UnitTask, build_unit, sync, write_text
+from pipeline.prompts import get_template
+from pipeline.settings import PreprocessSettings, Settings
+
+log = logging.getLogger(__name__)
+
+PARTITION_BYTES = 4 << 20
+_MAX_PARTITIONS = 4096
+_GZIP_RATIO = 4
+
+
+@dataclass(frozen=True)
+class BuildPlan:
+    """Everything that stages share."""
+
+    settings: Settings
+    sources: tuple[Source, ...]
+    work: Path  # <store>.partial
+    num_partitions: int
+    block_bytes: int
+    bars: bool
+
+    @property
+    def units(self) -> Path:
+        return self.work / "units"
+
+    @property
+    def reports(self) -> Path:
+        return self.work / "reports"
+
+    @property
+    def target(self) -> Path:
+        return self.work / "store"
+
+
+def build_store(
+    settings: Settings,
+    processes: int,
+    overwrite: bool = False,
+    bars: bool = False,
+    block_bytes: int = BLOCK_BYTES,
+    partition_bytes: int = PARTITION_BYTES,
+) -> tuple[Manifest, bool]:
+    """Build the token store of a recipe at settings.data.store.
+
+    Args:
+        processes: changes the time, never the result.
+        overwrite: replace a store made from other settings or raw files.
+        bars: show progress bars.
+        block_bytes, partition_bytes: size of a unit of raw lines, and of the raw text behind one text shard.
+
+    Returns:
+        the manifest, and whether the store was built (False: it was there already and is up to date).
+
+    Raises:
+        ValueError: for everything a user can cause; no store is left behind then.
+    """
+    # One thread a process: the processes are the parallelism.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    store = Path(settings.data.store)
+    files = [find_source(settings, dataset) for dataset in settings.data.datasets]
+    if not files:
+        raise ValueError("data.datasets is empty; name at least one raw file there")
+    # Loading the tokenizer takes seconds: other processes parse rows meanwhile.
+    with open_pool(processes) as pool, ThreadPoolExecutor(1) as thread:
+        template = get_template(settings.preprocess.template)
+        loading = thread.submit(load_tokenizer, settings.tokenizer_name, template)
+        digests = run_tasks(pool, file_sha256, files, "checksums of raw files", bars, len(files))
+        sources = tuple(
+            Source(dataset, path, path.stat().st_size, digest)
+            for dataset, path, digest in zip(settings.data.datasets, files, digests, strict=True)
+        )
+        raw = raw_identity(sources, block_bytes, partition_bytes)
+        if not overwrite and store.exists():
+            return require_up_to_date(store, full_identity(raw, settings, sources, loading.result())), False
+        if store.exists():
+            require_replaceable(store)
+        text_bytes = sum(s.num_bytes * (_GZIP_RATIO if is_gzip(s.path) else 1) for s in sources)
+        num_partitions = min(max(-(-text_bytes // partition_bytes), 1), _MAX_PARTITIONS)
+        work = store.with_name(store.name + ".partial")
+        plan = BuildPlan(settings, sources, work, num_partitions, block_bytes, bars)
+        with _locked(work):
+            _keep_or_clear(work, "raw.json", raw, (plan.units, plan.reports, plan.target))
+            reports = _build_units(plan, pool, loading)
+            pt = loading.result()
+            identity = full_identity(raw, settings, sources, pt)
+            _keep_or_clear(work, "identity.json", identity, (plan.reports, plan.target))
+            manifest = _build(plan, pt, identity, reports, pool)
+            _publish(plan, store)
+    shutil.rmtree(work)
+    return manifest, True
+
+
+@contextmanager
+def _locked(work: Path) -> Iterator[None]:
+    """Hold the build folder for this process; the lock goes with the process, however it ends."""
+    work.mkdir(parents=True, exist_ok=True)
+    with (work / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ValueError(f"another process is building in {work}; wait for it to end") from error
+        yield
+
+
+def _keep_or_clear(work: Path, name: str, identity: dict[str, Any], folders: Sequence[Path]) -> None:
+    """Keep what an interrupted build from the same inputs has put in `folders`; otherwise clear them, saying so."""
+    record, text = work / name, json.dumps(identity, indent=1)
+    used = any(folder.is_dir() and any(folder.iterdir()) for folder in folders)
+    if record.is_file() and record.read_text(encoding="utf-8") == text:
+        if used:
+            log.info("going on with the interrupted build in %s", work)
+    else:
+        if used:
+            log.info("starting over: what is in %s was made from other raw files or settings", work)
+        for folder in folders:
+            shutil.rmtree(folder, ignore_errors=True)
+    for folder in folders:
+        folder.mkdir(exist_ok=True)
+    write_text(record, text)
+
+
+UnitReports = dict[str, dict[str, Any]]  # of one source, by unit name, in the order of the file
+
+
+def _build(
+    plan: BuildPlan,
+    pt: PromptTokenizer,
+    identity: dict[str, Any],
+    reports: Sequence[UnitReports],
+    pool: Executor | None,
+) -> Manifest:
+    """Stages B and C, the manifest, and the check of the whole."""
+    shards, shard_counts = _build_shards(plan, pt, reports, pool)
+    index = load_text_index([plan.target / shard.name for shard in shards])
+    instructions: dict[str, int] = {}
+    tables = [
+        _build_table(plan, source, found, index, instructions, pt)
+        for source, found in zip(plan.sources, reports, strict=True)
+    ]
+    quarantine = plan.target / "quarantine.jsonl"
+    num_bad = write_quarantine(
+        quarantine, [(s.path.name, list(f.values())) for s, f in zip(plan.sources, reports, strict=True)]
+    )
+    p, template = plan.settings.preprocess, pt.template
+    manifest = Manifest(
+        format_version=FORMAT_VERSION,
+        identity=identity,
+        tokenizer_name=Path(plan.settings.tokenizer_name).name
+        if plan.settings.tokenizer_name.startswith("/")
+        else plan.settings.tokenizer_name,
+        fingerprint=pt.fingerprint,
+        template_name=template.name,
+        template_version=template.version,
+        limits=limits_dict(p),
+        bucket_edges=p.bucket_edges,
+        histogram_edges=HISTOGRAM_EDGES,
+        tokens=pt.tokens,
+        instructions=tuple(instructions),
+        instruction_ids=tuple(tuple(ids) for ids in tokenize_pieces(pt, list(instructions), "instruct")),
+        datasets=tuple(entry for entry, _ in tables),
+        counts={"rows": sum(entry.counts["rows"] for entry, _ in tables), "quarantined": num_bad, **shard_counts},
+        text_files=tuple(shards),
+        row_files=tuple(file for _, file in tables),
+        other_files=(_stored(quarantine, num_bad),),
+    )
+    write_text(plan.target / MANIFEST, dump_manifest(manifest))
+    checked, skipped = check_joined(pt, open_store(plan.target, verify=False))
+    log.info("pieces joined equal the whole prompt tokenized: %d prompts compared, %d rows skipped", checked, skipped)
+    return manifest
+
+
+def _build_units(plan: BuildPlan, pool: Executor | None, loading: Future[PromptTokenizer]) -> list[UnitReports]:
+    """Stage A, and the judgement on bad rows; a tokenizer that cannot be loaded ends it early."""
+    names: list[list[str]] = [[] for _ in plan.sources]
+
+    def tasks() -> Iterator[UnitTask]:
+        for number, source in enumerate(plan.sources):
+            for i, block in enumerate(iter_blocks(source.path, plan.block_bytes)):
+                name = f"{number:04d}-{i:07d}"
+                names[number].append(name)
+                if loading.done():
+                    loading.result()
+                if not (plan.units / f"{name}.json").is_file():
+                    yield _unit_task(plan, source, name, block)
+
+    total = sum(-(-source.num_bytes // plan.block_bytes) for source in plan.sources)
+    run_tasks(pool, build_unit, tasks(), "A  parse and hash rows", plan.bars, total)
+    reports = [{name: _read_json(plan.units / f"{name}.json") for name in some} for some in names]
+    for source, found in zip(plan.sources, reports, strict=True):
+        share = plan.settings.preprocess.max_bad_row_share
+        require_usable(source.dataset.name, source.path, list(found.values()), share)
+    return reports
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    return dict(json.loads(path.read_text(encoding="utf-8")))
+
+
+def _unit_task(plan: BuildPlan, source: Source, name: str, block: Block) -> UnitTask:
+    dataset = source.dataset
+    return UnitTask(str(plan.units), name, block, dataset.type, dataset.instruction, plan.num_partitions)
+
+
+def _build_shards(
+    plan: BuildPlan, pt: PromptTokenizer, reports: Sequence[UnitReports], pool: Executor | None
+) -> tuple[list[StoredFile], dict[str, int]]:
+    """Stage B. The text files and counts over all texts."""
+    # Named by its content: a process that has loaded it never takes it for another one.
+    encoder_file = plan.work / f"encoder-{pt.fingerprint[:16]}-{pt.template.version}.json"
+    save_encoder(pt.encoder, encoder_file)
+    units = tuple(str(plan.units / f"{name}.texts.arrow") for found in reports for name in found)
+    widths = _widths(plan.settings.preprocess, pt.tokens)
+    targets = [plan.work / "store" / f"texts-{i:05d}.arrow" for i in range(plan.num_partitions)]
+    tasks = (
+        ShardTask(units, i, str(encoder_file), widths, str(target), str(plan.reports / f"{target.name}.json"))
+        for i, target in enumerate(targets)
+        if not (target.is_file() and (plan.reports / f"{target.name}.json").is_file())
+    )
+    run_tasks(pool, build_shard, tasks, "B  tokenize distinct texts", plan.bars, len(targets))
+    files, counts = [], {"distinct_texts": 0}
+    for target in targets:
+        report = _read_json(plan.reports / f"{target.name}.json")
+        files.append(StoredFile(target.name, report["num_texts"], report["num_bytes"], report["sha256"]))
+        counts["distinct_texts"] += report["num_texts"]
+        for name, value in sorted(report["counts"].items()):
+            counts[name] = counts.get(name, 0) + value
+    return files, counts
+
+
+def _widths(p: PreprocessSettings, tokens: PromptTokens) -> dict[str, Width]:
+    """The widest limit of all uses of a kind; training cuts further where a use is narrower."""
+    around, query_around = len(tokens.bos) + len(tokens.eos), len(tokens.query_end)
+    query = max(p.max_query_tokens, p.max_passage_tokens) - around - query_around
+    widths = {
+        "query": Width(max(query, p.max_example_query_tokens), tokens.query_tail),
+        "response": Width(p.max_example_passage_tokens, tokens.response_tail),
+        "passage": Width(p.max_passage_tokens - around, tokens.passage_tail),
+    }
+    for kind in KINDS:
+        if widths[kind].limit <= len(widths[kind].tail):
+            raise ValueError(
+                f"the limits leave no room for the text of a {kind} beside what the template adds; raise "
+                + ("preprocess.max_query_tokens" if kind == "query" else "preprocess.max_*passage_tokens")
+            )
+    return widths
+
+
+def _build_table(
+    plan: BuildPlan,
+    source: Source,
+    reports: UnitReports,
+    index: TextIndex,
+    instructions: dict[str, int],
+    pt: PromptTokenizer,
+) -> tuple[DatasetEntry, StoredFile]:
+    """Stage C of one dataset; new instructions join `instructions`."""
+    units = list(reports.values())
+    rows = load_rows([str(plan.units / name) for name in reports], units, index, instructions)
+    pieces = tokenize_pieces(pt, list(instructions), "instruct")
+    _require_room(plan.settings, pt.tokens, list(instructions), pieces)
+    lengths = pa.array([len(piece) for piece in pieces], pa.int64()).to_numpy()
+    measures = Measures(pt.tokens, Limits.from_settings(plan.settings.preprocess), index.uncut_U, lengths)
+    task_type = next(kind for unit in units for kind in unit["types"])
+    group_size = group_size_of(plan.settings, source.dataset, task_type)
+    length_N = length_keys(rows, task_type, measures, group_size)
+    counts, histograms = count_uses(rows, task_type, measures)
+    counts["quarantined"] = sum(len(unit["quarantine"]) for unit in units)
+    counts["blank_lines"] = sum(unit["num_blank"] for unit in units)
+    path = plan.target / _row_file_name(source)
+    if path.name in {_row_file_name(other) for other in plan.sources if other is not source}:
+        raise ValueError(f"data.datasets: {source.dataset.name!r} and another name give the same file {path.name}")
+    scored = any(unit["scored"] for unit in units)
+    edges = plan.settings.preprocess.bucket_edges
+    bucket_offsets = write_table(path, rows, length_N, edges, scored)
+    histograms["row"] = histogram(length_N, HISTOGRAM_EDGES)
+    entry = DatasetEntry(
+        name=source.dataset.name,
+        task_type=task_type,
+        source=source.record,
+        instruction=source.dataset.instruction,
+        group_size=group_size,
+        counts=counts,
+        histograms=histograms,
+        bucket_offsets=bucket_offsets,
+    )
+    return entry, _stored(path, counts["rows"])
+
+
+def _row_file_name(source: Source) -> str:
+    return "rows-" + re.sub(r"[^\w.-]", "_", source.dataset.name) + ".arrow"
+
+
+def _require_room(
+    settings: Settings, tokens: PromptTokens, instructions: Sequence[str], pieces: Sequence[Sequence[int]]
+) -> None:
+    """Every instruction leaves room for text in a query, in a wrapped passage and in an example."""
+    limits = Limits.from_settings(settings.preprocess)
+    for text, ids in zip(instructions, pieces, strict=True):
+        examples = [] if settings.batch.examples.mode == "none" else [(ids, [0], [0])]
+        try:
+            compose_query(tokens, limits, ids, [0], examples)
+            compose_wrapped(tokens, limits, ids, [0])
+        except ValueError as error:
+            raise ValueError(f"instruction {text[:80]!r}: {error}") from error
+
+
+def _stored(path: Path, num_items: int) -> StoredFile:
+    return StoredFile(path.name, num_items, path.stat().st_size, file_sha256(path))
+
+
+def _publish(plan: BuildPlan, store: Path) -> None:
+    """Give the finished folder its name; an old store is moved into the build folder, which is deleted after."""
+    sync(plan.target)
+    if store.exists():
+        replaced = plan.work / "replaced"
+        shutil.rmtree(replaced, ignore_errors=True)
+        os.rename(store, replaced)
+    os.rename(plan.target, store)
+    sync(store.parent)

@@ -1,0 +1,64 @@
+"""Turn raw rows into a token store: distinct texts tokenized once, rows in length buckets, a manifest.
+
+Raw files are JSONL (or .jsonl.gz) in FlagEmbedding's form: query, pos[], neg[], and optionally pos_scores, neg_scores,
+prompt, type, category. Rows that cannot be used are left out and listed in quarantine.jsonl with the reason. An
+interrupted run goes on where it stopped; the result is the same bytes for any number of processes.
+"""
+
+import argparse
+import logging
+import os
+import sys
+import time
+from collections.abc import Sequence
+
+from pipeline.data.building import build_store
+from pipeline.data.summary import summarize
+from pipeline.settings import load_settings
+
+EPILOG = """examples:
+  python pipeline/preprocess.py --config examples/quickstart/recipe.yaml
+  python pipeline/preprocess.py --config recipe.yaml --processes 16
+  python pipeline/preprocess.py --config recipe.yaml preprocess.max_passage_tokens=256 data.store=/data/store-256
+  python pipeline/preprocess.py --config recipe.yaml --overwrite      replace a store made with other settings
+"""
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Command line of this entry."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", required=True, metavar="RECIPE.yaml", help="the recipe: data, tokenizer, limits")
+    parser.add_argument("--processes", type=int, default=available_cores(), help="default: all cores (%(default)s)")
+    parser.add_argument("--overwrite", action="store_true", help="replace the store if there is one")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings on top of the recipe")
+    return parser.parse_args(argv)
+
+
+def available_cores() -> int:
+    """Cores this process may use: under a scheduler fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Preprocess a recipe's data; exit code 2 and one message for what the user can mend."""
+    args = parse_arguments(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    start = time.monotonic()
+    try:
+        settings = load_settings(args.config, args.overrides)
+        manifest, built = build_store(settings, args.processes, args.overwrite, bars=True)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if not built:
+        print(f"{settings.data.store}: up to date ({manifest.counts['rows']:,} rows)")
+        return 0
+    print(summarize(manifest))
+    print(f"wrote {settings.data.store} in {time.monotonic() - start:.1f} s with {args.processes} processes")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
