@@ -1,0 +1,111 @@
+"""scores.json (a list of scores) and report.md (what a person reads about a run)."""
+
+import json
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from pipeline.settings import Settings
+
+PACKAGES = ("bge-icl-train", "torch", "transformers", "deepspeed", "peft", "mteb", "numpy")
+
+
+@dataclass(frozen=True)
+class Score:
+    """One number: `model` is before or after training (or any label), `mode` is zero_shot or few_shot."""
+
+    model: str
+    mode: str
+    task: str
+    metric: str
+    value: float
+
+
+def read_scores(path: Path) -> list[Score]:
+    """The scores of a file, none where there is no file; ValueError if it is not a list of scores."""
+    if not path.is_file():
+        return []
+    try:
+        return [Score(**entry) for entry in json.loads(path.read_text(encoding="utf-8"))]
+    except (json.JSONDecodeError, TypeError) as error:
+        raise ValueError(f"{path} is not a list of scores ({error}); remove it to begin anew") from error
+
+
+def add_scores(path: Path, new: Sequence[Score]) -> list[Score]:
+    """Add scores to a file; an entry for the same model, mode, task and metric is replaced. Returns all of them."""
+    names = {replace(score, value=0.0) for score in new}
+    scores = [score for score in read_scores(path) if replace(score, value=0.0) not in names] + list(new)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps([asdict(score) for score in scores], indent=1) + "\n", encoding="utf-8")
+    partial.replace(path)
+    return scores
+
+
+def score_table(scores: Sequence[Score]) -> str:
+    """The scores as aligned plain text, one a line."""
+    rows = [("model", "mode", "task", "metric", "value")]
+    rows += [(s.model, s.mode, s.task, s.metric, f"{s.value:.4f}") for s in scores]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
+
+
+def write_report(run_folder: Path, settings: Settings, scores: Sequence[Score], notes: Sequence[str] = ()) -> Path:
+    """Write `run_folder`/report.md: scores side by side, settings, versions; returns its path."""
+    lines = [f"# {run_folder.name}", "", "## Scores", "", *_markdown_scores(scores), ""]
+    lines += [f"- {note}" for note in notes]
+    lines += ["", "## Settings", "", *_markdown_settings(settings), ""]
+    if (run_folder / "settings.yaml").is_file():
+        lines += ["All of them: [settings.yaml](settings.yaml).", ""]
+    if (run_folder / "loss.png").is_file():
+        lines += ["## Training", "", "![loss](loss.png)", ""]
+    lines += ["## Versions", "", ", ".join([f"Python {platform.python_version()}", *_versions()]), ""]
+    path = run_folder / "report.md"
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return path
+
+
+def _markdown_scores(scores: Sequence[Score]) -> list[str]:
+    """A row for each task, metric and mode; a column for each model, in the order of the scores."""
+    models = list(dict.fromkeys(score.model for score in scores))
+    values = {(s.task, s.metric, s.mode, s.model): s.value for s in scores}
+    rows = dict.fromkeys((s.task, s.metric, s.mode) for s in scores)
+    lines = [f"| task | metric | mode | {' | '.join(models)} |", "|---" * (3 + len(models)) + "|"]
+    for row in rows:
+        found = [values.get((*row, model)) for model in models]
+        cells = ["" if value is None else f"{value:.4f}" for value in found]
+        lines.append(f"| {' | '.join([*row, *cells])} |")
+    return lines
+
+
+def _markdown_settings(settings: Settings) -> list[str]:
+    model, batch, optim, pre = settings.model, settings.batch, settings.optim, settings.preprocess
+    depth = f", first {model.num_layers} layers" if model.num_layers else ""
+    length = f"{optim.max_steps} steps" if optim.max_steps else f"{optim.epochs:g} epochs"
+    rows = {
+        "base model": f"{Path(model.name).name}{depth}, {model.dtype}, {model.attention}, {model.pooling} pooling",
+        "LoRA": f"rank {model.lora.rank}, alpha {model.lora.alpha}, dropout {model.lora.dropout:g}",
+        "template": pre.template,
+        "limits (tokens)": f"query {pre.max_query_tokens}, passage {pre.max_passage_tokens}, example "
+        f"{pre.max_example_query_tokens} + {pre.max_example_passage_tokens}, prompt {pre.max_prompt_tokens}",
+        "datasets": ", ".join(dataset.name for dataset in settings.data.datasets),
+        "batch": f"{batch.queries} queries ({batch.symmetric_queries} symmetric), groups of {batch.group_size}, "
+        f"examples {batch.examples.mode} 0 to {batch.examples.max_examples}",
+        "optimizer": f"AdamW, {length}, learning rate {optim.lr:g} ({optim.schedule}), temperature "
+        f"{settings.loss.temperature:g}, seed {settings.run.seed}",
+        "DeepSpeed": f"{Path(settings.run.deepspeed).name}, chunks of {settings.run.chunk_tokens} tokens",
+    }
+    return ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())]
+
+
+def _versions() -> list[str]:
+    found = []
+    for name in PACKAGES:
+        try:
+            found.append(f"{name} {version(name)}")
+        except PackageNotFoundError:
+            found.append(f"{name} not installed")
+    return found

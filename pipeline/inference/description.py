@@ -1,0 +1,61 @@
+"""embedder.json of a trained model's folder, read back: inference composes the prompts of training or refuses."""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.data.composing import Limits
+from pipeline.data.tokenizing import PromptTokens
+from pipeline.prompts import Template
+from pipeline.settings import ModelSettings
+
+DESCRIPTION_FILE = "embedder.json"
+
+
+@dataclass(frozen=True)
+class EmbedderDescription:
+    """Everything beside weights and tokenizer files. Embeddings are always L2-normalised."""
+
+    model: ModelSettings  # the base decoder: name, depth, attention, pooling, dtype
+    template: Template
+    limits: Limits
+    tokens: PromptTokens
+    fingerprint: str  # of the tokenizer with markers
+
+
+def read_description(folder: str | Path) -> EmbedderDescription:
+    """Read `folder`/embedder.json; ValueError if it is missing or not of the form that training writes."""
+    path = Path(folder) / DESCRIPTION_FILE
+    if not path.is_file():
+        raise ValueError(f"{folder} is not a trained embedder: {DESCRIPTION_FILE} is missing")
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+        description = EmbedderDescription(
+            model=ModelSettings(
+                name=tree["base_model"],
+                num_layers=tree["num_layers"],
+                attention=tree["attention"],
+                pooling=tree["pooling"],
+                dtype=tree["dtype"],
+            ),
+            template=Template(**_tuples(tree["template"])),
+            limits=Limits(**{f.name: tree["limits"][f.name] for f in dataclasses.fields(Limits)}),
+            tokens=PromptTokens(**_tuples(tree["prompt_tokens"])),
+            fingerprint=tree["tokenizer_fingerprint"],
+        )
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} cannot be read ({error}); it was written by another version or damaged") from error
+    if description.template.version != tree.get("template_version"):
+        raise ValueError(f"{path}: the template is not the one of template_version; was the file edited?")
+    return description
+
+
+def _tuples(tree: dict[str, Any]) -> dict[str, Any]:
+    """JSON's lists as the tuples they were, at every depth."""
+    return {key: _tuple(value) for key, value in tree.items()}
+
+
+def _tuple(value: Any) -> Any:
+    return tuple(_tuple(item) for item in value) if isinstance(value, list) else value

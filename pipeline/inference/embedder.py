@@ -1,0 +1,176 @@
+"""Text to embeddings, zero-shot and few-shot, with the prompts, limits and packing of training.
+
+S sequences, T packed tokens, N texts, D width.
+"""
+
+import dataclasses
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from pipeline.data.composing import Limits, compose_passage, compose_query
+from pipeline.data.packing import pack_chunk
+from pipeline.data.tokenizing import PromptTokenizer, load_tokenizer, tokenize_pieces
+from pipeline.inference.description import read_description
+from pipeline.model.encoder import Encoder, load_adapter, load_encoder
+from pipeline.prompts import get_template
+from pipeline.settings import ModelSettings, Settings
+
+log = logging.getLogger(__name__)
+
+Example = tuple[str, str]  # (query, response)
+
+# Tokens of one forward pass. On a CPU, larger ones leave the caches: at 8192 tokens the quickstart's model is 5 times
+# slower than at 1024.
+CHUNK_TOKENS = {"cpu": 1024, "cuda": 16384}
+
+
+@dataclass(frozen=True)
+class FewShotEmbedder:
+    """An encoder with its tokenizer, template and limits; made by `load_embedder` or `load_base_embedder`."""
+
+    encoder: Encoder
+    tokenizer: PromptTokenizer
+    limits: Limits
+    device: torch.device
+    chunk_tokens: int  # token budget of one forward pass
+    show_progress: bool = True
+
+    def encode_queries(self, texts: Sequence[str], instruction: str, examples: Sequence[Example] = ()) -> np.ndarray:
+        """Embed queries behind an instruction and in-context examples of the same task.
+
+        Args:
+            texts: N queries.
+            instruction: what the task asks for; "" leaves it out.
+            examples: (query, response), leftmost first; those that do not fit are dropped from the left and counted.
+
+        Returns:
+            float32 [N, D], L2-normalised, in the order of `texts`.
+        """
+        return self._encode(self.compose_queries(texts, instruction, examples), "queries")
+
+    def encode_passages(self, texts: Sequence[str]) -> np.ndarray:
+        """Embed passages: float32 [N, D], L2-normalised, in the order of `texts`."""
+        tokens, limit = self.tokenizer.tokens, self.limits.max_passage_tokens
+        pieces = tokenize_pieces(self.tokenizer, texts, "passage")
+        around = len(tokens.bos) + len(tokens.eos)
+        _log_cut("passages", [len(piece) + around for piece in pieces], limit)
+        return self._encode([compose_passage(tokens, self.limits, piece) for piece in pieces], "passages")
+
+    def compose_queries(
+        self, texts: Sequence[str], instruction: str, examples: Sequence[Example] = ()
+    ) -> list[np.ndarray]:
+        """Token ids of each query's whole prompt, int64; what was cut or dropped is counted in the log."""
+        pt, limits = self.tokenizer, self.limits
+        tokens = pt.tokens
+        instruct = tokenize_pieces(pt, [instruction], "instruct")[0] if instruction else []
+        queries = tokenize_pieces(pt, [query for query, _ in examples], "query")
+        responses = tokenize_pieces(pt, [response for _, response in examples], "response")
+        _log_cut("example queries", [len(instruct) + len(q) for q in queries], limits.max_example_query_tokens)
+        _log_cut("example responses", [len(r) for r in responses], limits.max_example_passage_tokens)
+        shots = [(instruct, query, response) for query, response in zip(queries, responses, strict=True)]
+        pieces = tokenize_pieces(pt, texts, "query")
+        around = len(tokens.bos) + len(instruct) + len(tokens.query_end) + len(tokens.eos)
+        _log_cut("queries", [len(piece) + around for piece in pieces], limits.max_query_tokens)
+        composed = [compose_query(tokens, limits, instruct, piece, shots) for piece in pieces]
+        num_short = sum(dropped > 0 for _, dropped in composed)
+        if num_short:
+            log.info("%d of %d prompts hold fewer than the %d examples (limit)", num_short, len(pieces), len(shots))
+        return [ids for ids, _ in composed]
+
+    def render(self, ids: np.ndarray) -> str:
+        """A prompt's ids as the text that the model sees, markers and EOS included."""
+        return str(self.tokenizer.tokenizer.decode(ids.tolist(), clean_up_tokenization_spaces=False))
+
+    @torch.no_grad()
+    def _encode(self, ids: Sequence[np.ndarray], what: str) -> np.ndarray:
+        """Encode composed sequences longest first, so that a chunk holds like lengths and memory peaks at once."""
+        if not ids:
+            width = int(self.encoder.decoder.config.hidden_size)  # type: ignore[union-attr, arg-type]
+            return np.zeros((0, width), dtype=np.float32)
+        order = sorted(range(len(ids)), key=lambda s: (-len(ids[s]), s))
+        rows: list[np.ndarray] = []
+        with tqdm(total=len(ids), desc=f"encode {what}", disable=not self.show_progress, leave=False) as bar:
+            for sequence_S in _chunks(order, [len(i) for i in ids], self.chunk_tokens):
+                chunk = pack_chunk(np.array(sequence_S), [ids[s] for s in sequence_S])
+                embeddings_SD = self.encoder(
+                    torch.from_numpy(chunk.input_ids_T).to(self.device),
+                    torch.from_numpy(chunk.position_ids_T).to(self.device),
+                    torch.from_numpy(chunk.cu_seqlens).to(self.device),
+                    chunk.max_seqlen,
+                )
+                rows.append(embeddings_SD.float().cpu().numpy())
+                bar.update(len(sequence_S))
+        sorted_ND = np.concatenate(rows)
+        embeddings_ND = np.empty_like(sorted_ND)
+        embeddings_ND[order] = sorted_ND
+        return embeddings_ND
+
+
+def load_embedder(path: str | Path, chunk_tokens: int | None = None, show_progress: bool = True) -> FewShotEmbedder:
+    """A trained embedder from a run folder or from its model/ folder; ValueError where it is not one."""
+    folder = Path(path)
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder")
+    if (folder / "model").is_dir():
+        folder = folder / "model"
+    description = read_description(folder)
+    # The saved tokenizer holds the markers already; which of them have trained rows is known from the saved tokens.
+    tokenizer = load_tokenizer(str(folder), description.template)
+    if description.fingerprint != tokenizer.fingerprint:
+        raise ValueError(
+            f"{folder}: the tokenizer files have fingerprint {tokenizer.fingerprint[:12]}, the model was trained with "
+            f"{description.fingerprint[:12]}; restore the files that training wrote"
+        )
+    tokenizer = dataclasses.replace(tokenizer, tokens=description.tokens)
+    embedder = _build(description.model, tokenizer, description.limits, chunk_tokens, show_progress)
+    load_adapter(embedder.encoder, folder)
+    embedder.encoder.to(embedder.device).eval()
+    return embedder
+
+
+def load_base_embedder(
+    settings: Settings, chunk_tokens: int | None = None, show_progress: bool = True
+) -> FewShotEmbedder:
+    """The untrained base model of a recipe, with the recipe's template and limits."""
+    tokenizer = load_tokenizer(settings.tokenizer_name, get_template(settings.preprocess.template))
+    limits = Limits.from_settings(settings.preprocess)
+    return _build(settings.model, tokenizer, limits, chunk_tokens, show_progress)
+
+
+def _build(
+    model: ModelSettings, tokenizer: PromptTokenizer, limits: Limits, chunk_tokens: int | None, show_progress: bool
+) -> FewShotEmbedder:
+    longest = max(limits.max_prompt_tokens, limits.max_passage_tokens)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if chunk_tokens is None:
+        chunk_tokens = max(CHUNK_TOKENS[device.type], longest)
+    if chunk_tokens < longest:
+        raise ValueError(f"a chunk of {chunk_tokens} tokens cannot hold the model's longest sequence, {longest} tokens")
+    encoder = load_encoder(model, tokenizer.tokens.marker_ids, tokenizer.tokens.marker_subtokens, device.type)
+    encoder.to(device).eval()
+    return FewShotEmbedder(encoder, tokenizer, limits, device, chunk_tokens, show_progress)
+
+
+def _chunks(order: Sequence[int], lengths: Sequence[int], chunk_tokens: int) -> list[list[int]]:
+    """Consecutive sequences of `order` in chunks of at most `chunk_tokens` tokens."""
+    chunks: list[list[int]] = [[]]
+    room = chunk_tokens
+    for s in order:
+        if lengths[s] > room:
+            chunks.append([])
+            room = chunk_tokens
+        chunks[-1].append(s)
+        room -= lengths[s]
+    return chunks
+
+
+def _log_cut(what: str, lengths: Sequence[int], limit: int) -> None:
+    num_cut = sum(length > limit for length in lengths)
+    if num_cut:
+        log.info("%d of %d %s are longer than %d tokens and were cut", num_cut, len(lengths), what, limit)

@@ -1,0 +1,98 @@
+"""The `model/` folder of a run: all that is needed, beside the base model, to embed as in training.
+
+adapter_config.json, adapter_model.safetensors   PEFT's own form (keys of the decoder)
+markers.safetensors                              trained rows of the template's new markers, if it has any
+tokenizer files                                  with the markers added
+embedder.json                                    base model, layers, attention, pooling, template, limits
+examples.json                                    a few (query, response) pairs of every training set
+"""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from peft.utils import get_peft_model_state_dict
+from safetensors.torch import save_file
+from torch import Tensor
+
+from pipeline.data.composing import Limits
+from pipeline.data.store import DatasetTable, TokenStore
+from pipeline.data.tokenizing import PromptTokenizer
+from pipeline.inference.description import DESCRIPTION_FILE
+from pipeline.model.encoder import MARKERS_FILE, Encoder
+from pipeline.settings import Settings
+
+EXAMPLES_PER_DATASET = 8
+
+
+def save_model(
+    folder: Path,
+    encoder: Encoder,
+    trainable: dict[str, dict[str, Tensor]],
+    tokenizer: PromptTokenizer,
+    settings: Settings,
+    store: TokenStore,
+) -> None:
+    """Write `folder` (replacing it) from whole fp32 weights, as `read_state` gives them."""
+    partial = folder.with_name(f".partial-{folder.name}")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    weights = {name.removeprefix("decoder."): parts["weight"] for name, parts in trainable.items()}
+    markers = {name: value for name, value in weights.items() if name.endswith("marker_rows")}
+    adapters = {name: value for name, value in weights.items() if name not in markers}
+    assert isinstance(encoder.decoder, PeftModel) and len(markers) <= 1
+    save_file(get_peft_model_state_dict(encoder.decoder, state_dict=adapters), partial / "adapter_model.safetensors")
+    config = dataclasses.replace(encoder.decoder.peft_config["default"], inference_mode=True)
+    config.base_model_name_or_path = settings.model.name
+    config.save_pretrained(str(partial))
+    for value in markers.values():
+        save_file({"marker_rows": value}, partial / MARKERS_FILE)
+    tokenizer.tokenizer.save_pretrained(str(partial))
+    _write_json(partial / DESCRIPTION_FILE, _description(tokenizer, settings))
+    examples = {table.name: _examples(store, table) for table in store.datasets}
+    _write_json(partial / "examples.json", examples)
+    if folder.exists():
+        shutil.rmtree(folder)
+    partial.rename(folder)
+
+
+def _description(tokenizer: PromptTokenizer, settings: Settings) -> dict[str, Any]:
+    """What an embedder must know besides weights, in the form that `read_description` reads."""
+    model = settings.model
+    return {
+        "base_model": model.name,
+        "num_layers": model.num_layers,
+        "attention": model.attention,
+        "pooling": model.pooling,
+        "dtype": model.dtype,
+        "template": dataclasses.asdict(tokenizer.template),
+        "template_version": tokenizer.template.version,
+        "prompt_tokens": dataclasses.asdict(tokenizer.tokens),
+        "tokenizer_fingerprint": tokenizer.fingerprint,
+        "limits": dataclasses.asdict(Limits.from_settings(settings.preprocess)),
+    }
+
+
+def _examples(store: TokenStore, table: DatasetTable) -> list[dict[str, str]]:
+    """Spread evenly over the dataset's rows."""
+    count = min(EXAMPLES_PER_DATASET, table.num_rows)
+    examples = []
+    for row in range(0, table.num_rows, max(1, table.num_rows // count)):
+        response = int(table.pos_text[table.pos_offsets[row]])
+        if table.task_type == "symmetric_clustering":
+            response = int(table.category_text_N[row])
+        examples.append(
+            {
+                "instruction": store.instructions[table.instruction_N[row]],
+                "query": store.text(int(table.query_text_N[row])),
+                "response": store.text(response),
+            }
+        )
+    return examples[:count]
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
