@@ -47,12 +47,15 @@ format: $(STAMP)  ## put the code in form
 	$(BIN)/ruff format .
 
 demo: $(STAMP)  ## train a few-shot embedder on the sample data and score it before and after (minutes on 2 CPU cores)
+	@mkdir -p $(RUN) && { test -d $(RUN)/model || date +%s > $(RUN)/started; }
 	$(BIN)/python examples/quickstart/prepare_model.py --out $(RUN)/base_model
 	$(BIN)/python pipeline/preprocess.py --config $(RECIPE)
 	$(BIN)/python pipeline/evaluate_embedder.py --config $(RECIPE) --task $(TASK) --label before
 	$(BIN)/deepspeed --num_accelerators $(RANKS) pipeline/train.py --config $(RECIPE)
 	$(BIN)/python pipeline/evaluate_embedder.py --run $(RUN) --task $(TASK) --label after
-	@echo "report: $(RUN)/report.md"
+	@if [ -f $(RUN)/started ]; then \
+		echo $$(( $$(date +%s) - $$(cat $(RUN)/started) )) > $(RUN)/demo_seconds.txt; rm $(RUN)/started; fi
+	@echo "took $$(cat $(RUN)/demo_seconds.txt) s after installation; report: $(RUN)/report.md"
 
 prove-main: $(STAMP)  ## check the README's main claims (DATA=folder with training and evaluation data)
 	$(BIN)/python benchmarks/prove.py main $(if $(DATA),--data $(DATA))

@@ -32,6 +32,7 @@ setup(
         "peft>=0.21",
         "datasets>=4",
         "mpi4py>=4",  # imported only when preprocessing runs under mpiexec; installing it needs no MPI
+        "tokenizers>=0.22",
         "numpy>=2",
         "pyarrow>=20",
         "pyyaml>=6",

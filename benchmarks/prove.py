@@ -38,10 +38,10 @@ def environment() -> dict[str, str]:
     return os.environ | precise | quiet | {"PATH": binaries + os.pathsep + os.environ.get("PATH", "")}
 
 
-def call(command: Sequence[str]) -> None:
+def call(command: Sequence[str], accepted: Sequence[int] = (0,)) -> None:
     print("$", " ".join(command), flush=True)
     result = subprocess.run(command, cwd=REPOSITORY, env=environment(), capture_output=True, text=True)
-    if result.returncode:
+    if result.returncode not in accepted:
         raise SystemExit(f"{result.stdout[-4000:]}\n{result.stderr[-4000:]}\nfailed: {' '.join(command)}")
 
 
@@ -117,7 +117,7 @@ def steps_on_every_set(data: Path, files: Sequence[Path]) -> list[Row]:
     batch = {"queries": 512, "symmetric_queries": 512, "group_size": 8, "fill_groups": True}
     recipe = write_recipe("sets", data, files, {}, batch)
     manifest = json.loads((WORK / "store_sets" / "manifest.json").read_text())
-    stored = {d["name"]: d["rows"] for d in manifest["datasets"]}
+    stored = {d["name"]: d["counts"]["rows"] for d in manifest["datasets"]}
     steps = launch_worker(recipe, "sets")
     for s in steps:
         print(
@@ -197,18 +197,20 @@ def memory(data: Path, files: Sequence[Path]) -> list[Row]:
 
 
 def preprocessing_rate(data: Path) -> list[Row]:
+    """225 MB of raw file hold a little over 200 MB of distinct text."""
     out = WORK / "preprocess_rate.json"
-    call(
-        [sys.executable, "benchmarks/preprocess_rate.py", "--data", str(data), "--megabytes", "200", "--out", str(out)]
-    )
-    result = json.loads(out.read_text())
+    arguments = ["--raw", str(data), "--tokenizer", str(WORK / "model"), "--megabytes", "225", "--out", str(out)]
+    call([sys.executable, "benchmarks/preprocess_rate.py", *arguments], accepted=(0, 1))
+    r = json.loads(out.read_text())
+    size = r["megabytes_of_distinct_text"]
     return [
         row(
-            "preprocessing against the raw tokenizers rate on the same cores (bytes of distinct text)",
-            "at least 80 % on at least 200 MB",
-            f"{result['ratio']:.0%} on {result['megabytes']:.0f} MB: {result['ours_mb_per_second']:.2f} against "
-            f"{result['raw_mb_per_second']:.2f} MB/s",
-            result["ratio"] >= 0.8 and result["megabytes"] >= 200,
+            "preprocessing, JSONL to fsynced store, against raw tokenizers (encode_batch) on the same cores",
+            "at least 80 % on at least 200 MB of distinct text",
+            f"{r['ratio']:.0%} on {size:.0f} MB: {r['preprocess_mb_per_s']:.2f} against "
+            f"{r['raw_encode_batch_mb_per_s']:.2f} MB/s ({r['ratio_by_cpu_seconds']:.0%} by CPU seconds; "
+            f"{r['ratio_to_fast']:.0%} of encode_batch_fast)",
+            r["ratio"] >= r["target"] and size >= 200,
         )
     ]
 

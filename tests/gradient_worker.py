@@ -18,7 +18,6 @@ from pipeline.datatypes import BatchPlan
 from pipeline.model.encoder import Encoder, add_lora, load_encoder, trainable_parameters
 from pipeline.settings import Settings, load_settings
 
-REPOSITORY = Path(__file__).parent.parent
 CHUNK_TOKENS = {"one": 100_000, "few": 800, "many": 190}  # few: shared by the ranks
 
 
@@ -83,7 +82,7 @@ def run_reference(settings: Settings, out: str) -> None:
     save_file(gradients, out)
 
 
-def run_engine(settings: Settings, out: str, stages: str) -> None:
+def run_engine(settings: Settings, recipe: str, out: str, stages: str) -> None:
     from deepspeed.utils import safe_get_full_grad
 
     from pipeline.runtime.engine import build_engine, start_distributed
@@ -99,8 +98,10 @@ def run_engine(settings: Settings, out: str, stages: str) -> None:
     gradients = {}
     for stage in stages.split(","):
         encoder = build_encoder(settings, store.manifest.tokens)
-        config = REPOSITORY / "ds_configs" / f"zero{stage[0]}.json"
+        config = Path(recipe).parent / f"zero{stage[0]}.json"
         engine = build_engine(encoder, settings.optim, settings.model.dtype, config, ranks)
+        if stage[0] == "3" and ranks.world_size > 1:
+            assert all(p.ds_tensor.numel() < p.ds_numel for p in encoder.parameters()), "nothing is partitioned"
         for plan in plans:
             for budget, chunk_tokens in CHUNK_TOKENS.items():
                 budget_of_rank = chunk_tokens // ranks.world_size if budget == "few" else chunk_tokens
@@ -123,4 +124,4 @@ if __name__ == "__main__":
     if arguments[0] == "reference":
         run_reference(loaded, arguments[2])
     else:
-        run_engine(loaded, arguments[2], arguments[3])
+        run_engine(loaded, *arguments[1:4])

@@ -55,7 +55,7 @@ def trained_gradients(encoder):
 @pytest.mark.parametrize("pooling", ["last", "mean"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_packed_equals_transformers_one_by_one(family, pooling, tmp_path):
-    """The truth is transformers' own eager attention on one sequence at a time, without any code of ours but pooling."""
+    """The truth is transformers' own eager attention on one sequence at a time; only the pooling is written here."""
     name = make_model(FAMILIES[family], tmp_path)
     encoder = load_encoder(ModelSettings(name=name, dtype="fp32", pooling=pooling), (), ())
     add_lora(encoder, LoraSettings(rank=2, alpha=4))

@@ -21,16 +21,6 @@ def parse(**changes: object) -> RawRecord | str:
     block_bytes=st.integers(1, 40),
     newline_at_end=st.booleans(),
 )
-def test_scores_that_are_all_null_are_no_scores() -> None:
-    """As the released training data has them in some sets."""
-    row = {"query": "q", "pos": ["p"], "neg": ["n", "m"], "pos_scores": [None], "neg_scores": [None, None]}
-    parsed = parse_row(json.dumps(row).encode())
-    assert isinstance(parsed, RawRecord) and parsed.pos_scores is None and parsed.neg_scores is None
-    assert parse_row(json.dumps(row | {"neg_scores": [0.5, None]}).encode()) == (
-        "pos_scores holds something that is not a number"
-    )
-
-
 def test_blocks_hold_every_line_once_in_order(
     tmp_path_factory: pytest.TempPathFactory, lines: list[bytes], block_bytes: int, newline_at_end: bool
 ) -> None:
@@ -145,3 +135,13 @@ def test_any_line_is_a_row_or_a_reason(line: bytes) -> None:
     assert isinstance(found, (RawRecord, str)) and found
     if isinstance(found, RawRecord):
         assert found.query == found.query.strip() != "" and found.query.encode()
+
+
+def test_scores_that_are_all_null_are_no_scores() -> None:
+    """As the released training data has them in some sets."""
+    row = {"query": "q", "pos": ["p"], "neg": ["n", "m"], "pos_scores": [None], "neg_scores": [None, None]}
+    parsed = parse_row(json.dumps(row).encode())
+    assert isinstance(parsed, RawRecord) and parsed.pos_scores is None and parsed.neg_scores is None
+    assert parse_row(json.dumps(row | {"neg_scores": [0.5, None]}).encode()) == (
+        "pos_scores holds something that is not a number"
+    )

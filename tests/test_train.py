@@ -1,11 +1,13 @@
 """Whole runs through the deepspeed launcher: resume, bad input, what a run folder holds."""
 
 import json
+import os
 import shutil
+import subprocess
 
 import pytest
 import torch
-from launching import REPOSITORY, launch, require_success, run_python
+from launching import REPOSITORY, environment, launch, require_success, run_python
 from safetensors.torch import load_file
 
 from pipeline.preprocess import main as preprocess
@@ -83,7 +85,7 @@ def test_resume_on_other_ranks_and_stage_is_close(recipe, tmp_path):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     require_success(train(recipe, whole, "model.lora.dropout=0.0"))
     cut_back(whole, cut)
-    stage1 = f"run.deepspeed={REPOSITORY / 'ds_configs' / 'zero1.json'}"
+    stage1 = f"run.deepspeed={recipe.parent / 'zero1.json'}"
     require_success(train(recipe, cut, "model.lora.dropout=0.0", stage1, world_size=1))
     assert losses(cut) == pytest.approx(losses(whole), rel=1e-5)
     truth = load_file(whole / "checkpoints" / "step-000006" / "weights.safetensors")
@@ -156,6 +158,29 @@ def test_other_data_is_refused_on_resume(recipe, whole_run, tmp_path):
     assert preprocess(["--config", str(recipe), *where]) == 0
     result = run_python(TRAIN, ["--config", str(recipe), *COMMON, f"run.output_dir={out}", *where])
     assert "was trained on another token store" in one_error(result)
+
+
+def test_batch_script_starts_one_world_from_slurm_variables(recipe, tmp_path):
+    """The job script under stand-ins for srun (two tasks here) and scontrol; a real cluster is not at hand in tests."""
+    stubs = tmp_path / "bin"
+    stubs.mkdir()
+    (stubs / "scontrol").write_text("#!/bin/sh\necho 127.0.0.1\n")
+    (stubs / "srun").write_text(
+        "#!/bin/bash\nshift 2\n"
+        'for i in 0 1; do SLURM_PROCID=$i SLURM_LOCALID=$i SLURM_NTASKS=2 "$@" & pids+=($!); done\n'
+        'for pid in "${pids[@]}"; do wait $pid || exit 1; done\n'
+    )
+    for stub in stubs.iterdir():
+        stub.chmod(0o755)
+    slurm = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_JOB_NODELIST": "here", "SLURM_SUBMIT_DIR": str(REPOSITORY)}
+    env = environment() | slurm
+    env["PATH"] = f"{stubs}{os.pathsep}{env['PATH']}"
+    out = tmp_path / "run"
+    arguments = [str(recipe), f"run.output_dir={out}", "optim.max_steps=1"]
+    command = ["bash", str(REPOSITORY / "slurm" / "train.sbatch"), *arguments]
+    result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    require_success(result)
+    assert "ZeRO-3, 2 ranks" in result.stdout and len(losses(out)) == 1
 
 
 def test_learning_rate_warms_up_and_decays():

@@ -42,13 +42,28 @@ def make_tiny_run(folder: Path) -> Path:
         "optim": {"lr": 1e-3},
         "run": {
             "output_dir": "run",
-            "deepspeed": str(REPOSITORY / "ds_configs" / "zero3.json"),
+            "deepspeed": "zero3.json",
             "chunk_tokens": 4096,
             "seed": 3,
         },
     }
+    for stage in range(4):
+        sharding_config(folder, stage)
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe, sort_keys=False))
+    return path
+
+
+def sharding_config(folder: Path, stage: int) -> Path:
+    """The repository's config of a ZeRO stage; for stage 3 without the threshold below which weights stay whole.
+
+    All weights of a tiny model lie below it: with the shipped config nothing would be partitioned in a test.
+    """
+    config = json.loads((REPOSITORY / "ds_configs" / f"zero{stage}.json").read_text())
+    if stage == 3:
+        config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    path = folder / f"zero{stage}.json"
+    path.write_text(json.dumps(config))
     return path
 
 

@@ -83,7 +83,7 @@ def _packed_attention(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """What transformers calls in every layer: query [1, H, T, K]; key and value may have fewer heads; out [1, T, H, K]."""
+    """What transformers calls in every layer: query [1, H, T, K], key, value with fewer heads; gives [1, T, H, K]."""
     assert attention_mask is None and query.shape[0] == 1, "packed attention takes one packed row and no mask"
     if dropout:
         raise ValueError(

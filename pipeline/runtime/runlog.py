@@ -5,12 +5,14 @@ import json
 import logging
 import resource
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 
 from pipeline.runtime.ranks import Ranks
 
@@ -53,7 +55,12 @@ def set_up_logging(ranks: Ranks) -> None:
         datefmt="%H:%M:%S",
         force=True,
     )
-    for noisy in ("DeepSpeed", "httpx", "transformers"):
+    # Every rank would repeat these, and none is for the user to act on: DeepSpeed calls collectives by older names,
+    # transformers reports the layers that model.num_layers leaves out.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch|transformers)\.")
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    for noisy in ("DeepSpeed", "httpx"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
 
 
@@ -70,7 +77,8 @@ def step_line(m: StepMetrics, total_steps: int, seconds_left: float) -> str:
         f"step {m.step + 1}/{total_steps} | {m.dataset} | loss {m.loss:.4f} | grad {m.grad_norm:.2f}"
         f"{' clipped' if m.clipped else ''} | lr {m.lr:.2e} | {m.queries_per_second:.1f} q/s | "
         f"{m.tokens_per_second:,.0f} tok/s | mem {m.memory_gib:.2f} GiB | {m.chunks} chunks x {m.passes} | "
-        f"{m.examples_per_query:.1f} examples/q | {m.seconds:.2f} s | eta {minutes // 60}h{minutes % 60:02d}m{seconds:02d}s"
+        f"{m.examples_per_query:.1f} examples/q | {m.seconds:.2f} s | "
+        f"eta {minutes // 60}h{minutes % 60:02d}m{seconds:02d}s"
     )
 
 
