@@ -109,6 +109,15 @@ def test_marker_rows_start_from_the_mean_of_their_subtokens(tmp_path):
     torch.testing.assert_close(out, expected)
 
 
+def test_marker_rows_start_on_the_scale_of_what_the_model_looks_up(tmp_path):
+    """Gemma multiplies looked-up rows by the square root of its width."""
+    name = make_model(FAMILIES["gemma3"], tmp_path)
+    base = AutoModel.from_pretrained(name).get_input_embeddings()
+    encoder = load_encoder(ModelSettings(name=name, dtype="fp32"), (100,), ((1, 2),))
+    out = encoder.decoder.get_input_embeddings()(torch.tensor([[100, 9]]))[0]
+    torch.testing.assert_close(out, torch.stack([base(torch.tensor([1, 2])).mean(0), base(torch.tensor(9))]))
+
+
 def test_known_markers_add_no_rows(tmp_path):
     encoder = load_encoder(ModelSettings(name=make_model(FAMILIES["llama"], tmp_path)), (5, 6), ((), ()))
     assert not isinstance(encoder.decoder.get_input_embeddings(), MarkerEmbedding)

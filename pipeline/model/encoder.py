@@ -107,17 +107,30 @@ def load_encoder(
         model.name, config=config, dtype=DTYPES[model.dtype], attn_implementation=attention
     )
     decoder.requires_grad_(False)
+    table = decoder.get_input_embeddings()
+    _keep_whole(table)
     new = [i for i, subtokens in enumerate(marker_subtokens) if subtokens]
     if new:
-        table = decoder.get_input_embeddings()
-        start = [table.weight[list(marker_subtokens[i])].float().mean(0) for i in new]
-        rows_MD = torch.stack(start).to(table.weight.dtype)
+        # Through the module, not its weight: Gemma's scales what it looks up.
+        start = [table(torch.tensor(marker_subtokens[i])).float().mean(0) for i in new]
+        rows_MD = torch.stack(start).to(DTYPES[model.dtype])
         decoder.set_input_embeddings(MarkerEmbedding(table, tuple(marker_ids[i] for i in new), rows_MD))
     if model.activation_checkpointing:
         # The reentrant form re-runs a layer as one autograd node, which ZeRO-3's gather hooks need.
         decoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
         decoder.enable_input_require_grads()
     return Encoder(decoder, model.pooling)
+
+
+def _keep_whole(embedding: nn.Module) -> None:
+    """Turn the frozen table into a buffer, which ZeRO-3 leaves whole on every rank.
+
+    As a parameter it would be gathered in full for every chunk to look up a few rows: 262 MB each time for Mistral-7B,
+    more than half of all traffic for a small model.
+    """
+    weight = embedding.weight.detach()
+    del embedding._parameters["weight"]
+    embedding.register_buffer("weight", weight, persistent=False)
 
 
 def _keep_first_layers(config: PretrainedConfig, num_layers: int) -> None:
