@@ -25,13 +25,13 @@ setup(
     package_dir={"embed_kernels": "kernels/embed_kernels"},
     entry_points={"console_scripts": ["bge-icl=pipeline.command_line:main"]},
     install_requires=[
-        "torch>=2.10",
+        "torch>=2.12",
         "deepspeed>=0.19",
         # 5.0 to 5.9 mistake any folder named kernels for the hub's package and fail.
         "transformers>=5.10",
         "peft>=0.21",
         "datasets>=4",
-        "mpi4py>=4",  # imported only when preprocessing runs under mpiexec; installing it needs no MPI
+        "mpi4py>=4",  # for preprocessing over several nodes; installing it needs no MPI
         "tokenizers>=0.22",
         "numpy>=2",
         "pyarrow>=20",

@@ -217,9 +217,11 @@ def preprocessing_rate(data: Path) -> list[Row]:
 
 def quickstart() -> list[Row]:
     """Scores and time that `make demo` left."""
-    if not (RUN / "scores.json").is_file() or not (RUN / "demo_seconds.txt").is_file():
+    path = RUN / "scores.json"
+    scores = {(s["model"], s["mode"]): s["value"] for s in json.loads(path.read_text())} if path.is_file() else {}
+    needed = {("before", "zero_shot"), ("after", "zero_shot"), ("after", "few_shot")}
+    if not needed <= set(scores) or not (RUN / "demo_seconds.txt").is_file():
         return [row("quickstart scores and time", "see README", "run `make demo` first", None)]
-    scores = {(s["model"], s["mode"]): s["value"] for s in json.loads((RUN / "scores.json").read_text())}
     before, zero, few = scores["before", "zero_shot"], scores["after", "zero_shot"], scores["after", "few_shot"]
     seconds = int((RUN / "demo_seconds.txt").read_text())
     return [

@@ -30,13 +30,14 @@ from pipeline.model.encoder import add_lora, load_encoder
 from pipeline.prompts import get_template
 from pipeline.runtime.checkpoint import TrainState, find_checkpoint, load_checkpoint, save_checkpoint
 from pipeline.runtime.engine import build_engine, one_reduction, read_state, start_distributed, take_step, write_state
-from pipeline.runtime.ranks import Ranks, read_ranks, share_cores
+from pipeline.runtime.ranks import Ranks, from_first, read_ranks, share_cores, together
 from pipeline.runtime.runlog import (
     StepMetrics,
     append_metrics,
     open_tracker,
     peak_memory_gib,
     plot_losses,
+    require_tracker,
     set_up_logging,
     start_metrics,
     step_line,
@@ -53,12 +54,13 @@ def run(settings: Settings, ranks: Ranks) -> None:
     limits = Limits.from_settings(settings.preprocess)
 
     # Data: refuse a store that this recipe did not make, or that is damaged (each rank reads its share of the shards).
-    store = open_store(settings.data.store)
-    verify_shards(settings.data.store, ranks.rank, ranks.world_size)
+    store = open_store(settings.data.store, verify=False)
+    together(lambda: verify_shards(settings.data.store, ranks.rank, ranks.world_size), ranks)
     tokenizer = load_tokenizer(settings.tokenizer_name, get_template(settings.preprocess.template))
     require_match(store, settings, tokenizer.fingerprint)
     schedule = make_schedule(store, settings)
     check_world_size(schedule, ranks.world_size)
+    require_tracker(settings.run.tracker)
     total_steps = settings.optim.max_steps or math.ceil(settings.optim.epochs * schedule.steps_per_epoch)
     manifest_hash = hashlib.sha256((Path(settings.data.store) / "manifest.json").read_bytes()).hexdigest()
     log.info("store %s: %d datasets, %d steps", settings.data.store, len(store.datasets), total_steps)
@@ -74,9 +76,9 @@ def run(settings: Settings, ranks: Ranks) -> None:
 
     # Resume: nothing to ask for, the newest complete checkpoint is taken.
     state = TrainState(seed=settings.run.seed)
-    checkpoint = find_checkpoint(out / "checkpoints")
+    checkpoint = from_first(find_checkpoint(out / "checkpoints") if ranks.is_first else None, ranks)
     if checkpoint is not None:
-        state, trainable = load_checkpoint(checkpoint, settings, manifest_hash)
+        state, trainable = together(lambda: load_checkpoint(checkpoint, settings, manifest_hash), ranks)
         make_optimizer_state(engine, ranks)
         write_state(engine, trainable, state.step, ranks)
         log.info("resumed from %s: step %d of %d", checkpoint, state.step, total_steps)
@@ -128,6 +130,8 @@ def run(settings: Settings, ranks: Ranks) -> None:
                 examples_dropped=plan.num_examples_dropped,
                 passages=plan.num_passages,
                 passages_saved=1 - plan.num_passages / num_candidates,
+                examples_missing=plan.num_examples_missing,
+                negatives_repeated=plan.num_candidates_repeated,
                 rows_revisited=plan.num_rows_revisited,
                 clipped=norm > settings.optim.clip_norm,
             )
@@ -201,14 +205,18 @@ The store must exist: python pipeline/preprocess.py --config RECIPE. What a step
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(argv)
-    ranks = read_ranks(arguments.local_rank)
+    try:
+        ranks = read_ranks(arguments.local_rank)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     set_up_logging(ranks)
     try:
         settings = load_settings(arguments.config, arguments.overrides)
         share_cores(ranks)
         start_distributed(ranks)
         run(settings, ranks)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         # A user's fault shows on every rank alike; the others give the first one time to say it once.
         time.sleep(0 if ranks.is_first else 3)
         print(f"{'' if ranks.is_first else f'[rank {ranks.rank}] '}error: {error}", file=sys.stderr, flush=True)

@@ -11,8 +11,11 @@ from launching import REPOSITORY, environment, launch, require_success, run_pyth
 from safetensors.torch import load_file
 
 from pipeline.preprocess import main as preprocess
+from pipeline.runtime.checkpoint import TrainState, find_checkpoint, save_checkpoint
 from pipeline.runtime.engine import read_deepspeed_json
-from pipeline.settings import OptimSettings
+from pipeline.runtime.ranks import read_ranks
+from pipeline.runtime.runlog import require_tracker
+from pipeline.settings import OptimSettings, load_settings
 from pipeline.train import learning_rate
 
 TRAIN = REPOSITORY / "pipeline" / "train.py"
@@ -118,7 +121,6 @@ def one_error(result):
         ("optim.lr=0.5", "was saved with optim.lr="),
         ("run.chunk_tokens=10", "run.chunk_tokens=10 cannot hold one sequence"),
         ("preprocess.max_query_tokens=40", "max_query_tokens"),
-        ("run.tracker=wandb", "run.tracker=wandb is not installed"),
     ],
 )
 def test_bad_input_is_one_clear_message(recipe, whole_run, tmp_path, override, message):
@@ -132,7 +134,7 @@ def test_bad_input_is_one_clear_message(recipe, whole_run, tmp_path, override, m
 
 def test_bad_input_under_the_launcher_is_said_once(recipe, tmp_path):
     error = one_error(train(recipe, tmp_path / "out", "batch.queries=7"))
-    assert "which 2 ranks cannot share evenly" in error
+    assert "batch.queries=7 is not divisible by the world size 2" in error
     assert not (tmp_path / "out").exists()
 
 
@@ -181,6 +183,31 @@ def test_batch_script_starts_one_world_from_slurm_variables(recipe, tmp_path):
     result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
     require_success(result)
     assert "ZeRO-3, 2 ranks" in result.stdout and len(losses(out)) == 1
+
+
+def test_absent_tracker_is_refused(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="run.tracker=wandb is not installed"):
+        require_tracker("wandb")
+    require_tracker("none")
+
+
+def test_slurm_tasks_without_ranks_are_refused(monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setenv("SLURM_NTASKS", "8")
+    with pytest.raises(ValueError, match="SLURM_NTASKS=8, but RANK is not set"):
+        read_ranks()
+
+
+def test_pruning_never_removes_the_newest_and_drops_damaged_later_ones(recipe, tmp_path):
+    folder = tmp_path / "checkpoints"
+    for name in ("step-000100", "step-000200"):
+        (folder / name).mkdir(parents=True)
+    trainable = {"w": {"weight": torch.zeros(2), "exp_avg": torch.zeros(2), "exp_avg_sq": torch.zeros(2)}}
+    settings = load_settings(recipe)
+    save_checkpoint(folder, TrainState(step=150), trainable, settings, "hash", keep_last=1)
+    assert [path.name for path in folder.iterdir()] == ["step-000150"]
+    assert find_checkpoint(folder) == folder / "step-000150"
 
 
 def test_learning_rate_warms_up_and_decays():

@@ -148,7 +148,8 @@ def build_store(
             _keep_or_clear(work, "identity.json", identity, (plan.reports, plan.target))
             manifest = _build(plan, pt, identity, reports, pool)
             _publish(plan, store)
-    shutil.rmtree(work)
+            # Before the lock goes: another process may be waiting to build in this folder.
+            shutil.rmtree(work)
     return manifest, True
 
 

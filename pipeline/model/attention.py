@@ -21,16 +21,18 @@ log = logging.getLogger(__name__)
 Attend = Callable[..., Tensor]
 
 
-def register_packed_attention(kernel: str, causal: bool, device_type: str) -> str:
+def register_packed_attention(kernel: str, causal: bool, device_type: str, dtype: str, softcap: float | None) -> str:
     """Make a packed attention known to transformers; returns the name for `attn_implementation`.
 
     Args:
         kernel: "auto", "flash_attn", "torch_varlen" or "sdpa" (one call a sequence; works everywhere).
+        dtype: "bf16" or "fp32"; the fused kernels take bf16 only.
+        softcap: of the model's attention scores (Gemma 2), None where it has none; torch's kernel cannot do it.
 
     Raises:
         ValueError: the kernel asked for cannot run here.
     """
-    chosen = _choose_kernel(kernel, device_type)
+    chosen = _choose_kernel(kernel, device_type, dtype, softcap)
     # transformers runs checks of its own on names that contain "sdpa" or "flash"; these kernels are not its own.
     label, attend = {
         "flash_attn": ("fa", _flash_attn),
@@ -44,21 +46,28 @@ def register_packed_attention(kernel: str, causal: bool, device_type: str) -> st
     return name
 
 
-def _choose_kernel(kernel: str, device_type: str) -> str:
-    has_flash = importlib.util.find_spec("flash_attn") is not None
-    has_varlen = importlib.util.find_spec("torch.nn.attention.varlen") is not None
-    on_gpu = device_type == "cuda"
+def _choose_kernel(kernel: str, device_type: str, dtype: str, softcap: float | None) -> str:
+    faults = {"flash_attn": "", "torch_varlen": "", "sdpa": ""}
+    if importlib.util.find_spec("flash_attn") is None:
+        faults["flash_attn"] = "flash-attn is not installed (pip install flash-attn --no-build-isolation)"
+    if _torch_version() < (2, 12):
+        faults["torch_varlen"] = f"torch {torch.__version__} is too old (2.12 has all that is needed)"
+    elif softcap:
+        faults["torch_varlen"] = "it has no soft cap of attention scores, which this model needs"
+    for fused in ("flash_attn", "torch_varlen"):
+        if device_type != "cuda":
+            faults[fused] = "there is no CUDA device"
+        elif dtype != "bf16":
+            faults[fused] = f"model.dtype={dtype}, and it takes bf16 only"
     if kernel == "auto":
-        return ("flash_attn" if has_flash else "torch_varlen" if has_varlen else "sdpa") if on_gpu else "sdpa"
-    if kernel == "flash_attn" and not (has_flash and on_gpu):
-        missing = (
-            "flash-attn is not installed (pip install bge-icl-train[gpu])" if on_gpu else "there is no CUDA device"
-        )
-        raise ValueError(f"model.attention_kernel=flash_attn cannot run: {missing}; use auto to let it be chosen")
-    if kernel == "torch_varlen" and not (has_varlen and on_gpu):
-        missing = f"torch {torch.__version__} lacks it (2.10 has it)" if on_gpu else "there is no CUDA device"
-        raise ValueError(f"model.attention_kernel=torch_varlen cannot run: {missing}; use auto to let it be chosen")
+        return next(name for name, fault in faults.items() if not fault)
+    if faults[kernel]:
+        raise ValueError(f"model.attention_kernel={kernel} cannot run: {faults[kernel]}; auto takes one that can")
     return kernel
+
+
+def _torch_version() -> tuple[int, ...]:
+    return tuple(int(part) for part in torch.__version__.split(".")[:2])
 
 
 def _no_mask(*args: Any, **kwargs: Any) -> None:
@@ -149,8 +158,7 @@ def _torch_varlen(
 ) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    if softcap:
-        raise ValueError("torch's varlen attention has no soft cap (Gemma 2 needs one); use flash_attn or sdpa")
+    assert not softcap, "_choose_kernel does not give a model with a soft cap to this kernel"
     left = -1 if window is None else window
     out = varlen_attn(
         query_THK,

@@ -5,6 +5,7 @@ T packed tokens, S sequences, D width, M marker tokens.
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -96,18 +97,20 @@ def load_encoder(
     Raises:
         ValueError: no such model, more layers asked for than it has, or a kernel that cannot run here.
     """
-    attention = register_packed_attention(model.attention_kernel, model.attention == "causal", device_type)
     try:
         config = AutoConfig.from_pretrained(model.name)
+        if model.num_layers is not None:
+            _keep_first_layers(config, model.num_layers)
+        softcap = getattr(config, "attn_logit_softcapping", None)
+        causal = model.attention == "causal"
+        attention = register_packed_attention(model.attention_kernel, causal, device_type, model.dtype, softcap)
+        decoder = AutoModel.from_pretrained(
+            model.name, config=config, dtype=DTYPES[model.dtype], attn_implementation=attention
+        )
     except OSError as error:
         raise ValueError(f"model.name={model.name!r} cannot be loaded: {str(error).splitlines()[0]}") from error
-    if model.num_layers is not None:
-        _keep_first_layers(config, model.num_layers)
-    decoder = AutoModel.from_pretrained(
-        model.name, config=config, dtype=DTYPES[model.dtype], attn_implementation=attention
-    )
     decoder.requires_grad_(False)
-    table = decoder.get_input_embeddings()
+    table: Any = decoder.get_input_embeddings()
     _keep_whole(table)
     new = [i for i, subtokens in enumerate(marker_subtokens) if subtokens]
     if new:
@@ -128,7 +131,7 @@ def _keep_whole(embedding: nn.Module) -> None:
     As a parameter it would be gathered in full for every chunk to look up a few rows: 262 MB each time for Mistral-7B,
     more than half of all traffic for a small model.
     """
-    weight = embedding.weight.detach()
+    weight = embedding.get_parameter("weight").detach()
     del embedding._parameters["weight"]
     embedding.register_buffer("weight", weight, persistent=False)
 

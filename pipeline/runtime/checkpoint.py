@@ -79,14 +79,18 @@ def save_checkpoint(
         shutil.rmtree(final)
     partial.rename(final)
     _sync(folder)
-    for old in sorted(folder.glob("step-*"))[:-keep_last]:
-        shutil.rmtree(old)
+    # Beyond this step there can only be checkpoints that were found damaged: the run went on from before them.
+    found = {_step_of(path): path for path in folder.glob("step-*")}
+    kept = sorted(step for step in found if step <= state.step)[-keep_last:]
+    for step, path in found.items():
+        if step not in kept:
+            shutil.rmtree(path)
     return final
 
 
 def find_checkpoint(folder: Path) -> Path | None:
     """The newest complete checkpoint; a damaged one is named in a warning and the one before it is taken."""
-    for candidate in sorted(folder.glob("step-*"), reverse=True):
+    for candidate in sorted(folder.glob("step-*"), key=_step_of, reverse=True):
         try:
             record = json.loads((candidate / "state.json").read_text(encoding="utf-8"))
             broken = [name for name in FILES if _sha256(candidate / name) != record["sha256"][name]]
@@ -110,8 +114,10 @@ def load_checkpoint(
             f"{manifest_hash[:12]}); restore data.store, or {remedy}"
         )
     saved = _flatten(dataclasses.asdict(load_settings(checkpoint / "settings.yaml")))
+    # Dropout draws go by chunk: with dropout another budget is another run.
+    may_change = set(MAY_CHANGE) - ({"run.chunk_tokens"} if settings.model.lora.dropout else set())
     for key, value in _flatten(dataclasses.asdict(settings)).items():
-        if key not in MAY_CHANGE and saved.get(key) != value:
+        if key not in may_change and saved.get(key) != value:
             raise ValueError(
                 f"{checkpoint} was saved with {key}={saved.get(key)!r}, now {value!r}; undo that, or {remedy}"
             )
@@ -121,6 +127,10 @@ def load_checkpoint(
         for name, weight in weights.items()
     }
     return TrainState(**record["state"]), trainable
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -92,6 +92,11 @@ def build_engine(
     assert trainable, "nothing to train: add_lora comes before build_engine"
     optimizer = torch.optim.AdamW(trainable, lr=optim.lr, weight_decay=optim.weight_decay)
     engine, *_ = deepspeed.initialize(model=encoder, model_parameters=trainable, optimizer=optimizer, config=config)
+    if engine.zero_optimization_stage() == 0 and dtype == "bf16":
+        # DeepSpeed's wrapper has taken a step on zero gradients by now: undo it, or Adam would count one step too many.
+        for p in trainable:
+            _master(engine, p).data.copy_(p.data)
+        _torch_optimizer(engine).state.clear()
     return engine
 
 

@@ -4,13 +4,16 @@ S sequences of the whole step, D width, W ranks.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,16 @@ class Ranks:
 
 
 def read_ranks(local_rank: int | None = None) -> Ranks:
-    """Place of this process from RANK, WORLD_SIZE and LOCAL_RANK; alone where no launcher set them."""
+    """Place of this process from RANK, WORLD_SIZE and LOCAL_RANK; alone where no launcher set them.
+
+    Raises:
+        ValueError: several SLURM tasks without ranks, each of which would train a run of its own in the same folder.
+    """
+    if "RANK" not in os.environ and int(os.environ.get("SLURM_NTASKS", "1")) > 1:
+        raise ValueError(
+            f"SLURM_NTASKS={os.environ['SLURM_NTASKS']}, but RANK is not set: the tasks would be separate runs; start "
+            "them through slurm/train.sbatch, which sets RANK, WORLD_SIZE and LOCAL_RANK"
+        )
     local = int(os.environ.get("LOCAL_RANK", local_rank if local_rank is not None else 0))
     os.environ.setdefault("LOCAL_RANK", str(local))
     for name, alone in (("RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "29555")):
@@ -80,3 +92,24 @@ def gather_values(value: float, ranks: Ranks) -> list[float]:
     else:
         parts = [mine]
     return [float(part) for part in parts]
+
+
+def from_first(value: Value, ranks: Ranks) -> Value:
+    """The first rank's value, on every rank."""
+    box = [value]
+    if ranks.world_size > 1:
+        dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def together(work: Callable[[], Value], ranks: Ranks) -> Value:
+    """Run `work` on every rank; if it raises ValueError or OSError on one, all raise: none waits for another."""
+    result, fault = None, ""
+    try:
+        result = work()
+    except (ValueError, OSError) as error:
+        fault = str(error)
+    if any(gather_values(float(bool(fault)), ranks)):
+        raise ValueError(fault or "another rank cannot go on; its own message names the reason")
+    assert result is not None or not fault
+    return result  # type: ignore[return-value]

@@ -1,5 +1,6 @@
 """What a run leaves to read: the logger, one line a step, metrics.jsonl, a tracker if asked for, loss.png."""
 
+import hashlib
 import importlib.util
 import json
 import logging
@@ -41,6 +42,8 @@ class StepMetrics:
     examples_dropped: int
     passages: int
     passages_saved: float  # share of candidates that needed no encoding of their own
+    examples_missing: int  # drawn, but there were not enough rows that may be shown
+    negatives_repeated: int  # to fill groups, where the recipe asks for it
     rows_revisited: int
     clipped: bool
 
@@ -94,11 +97,14 @@ def append_metrics(path: Path, metrics: StepMetrics) -> None:
         file.write(json.dumps(asdict(metrics)) + "\n")
 
 
-def open_tracker(kind: str, folder: Path, settings: dict[str, Any]) -> Track:
-    """A function that takes one step's metrics; ValueError if the tracker asked for is not installed."""
-    packages = {"none": "json", "tensorboard": "tensorboard", "wandb": "wandb"}
-    if importlib.util.find_spec(packages[kind]) is None:
+def require_tracker(kind: str) -> None:
+    """ValueError if the tracker asked for is not installed; asked on every rank, before anything is loaded."""
+    if kind != "none" and importlib.util.find_spec(kind) is None:
         raise ValueError(f"run.tracker={kind} is not installed; pip install bge-icl-train[tracking], or set it to none")
+
+
+def open_tracker(kind: str, folder: Path, settings: dict[str, Any]) -> Track:
+    """A function that takes one step's metrics."""
     if kind == "tensorboard":
         from torch.utils.tensorboard import SummaryWriter
 
@@ -114,7 +120,9 @@ def open_tracker(kind: str, folder: Path, settings: dict[str, Any]) -> Track:
     if kind == "wandb":
         import wandb
 
-        run = wandb.init(project="bge-icl-train", dir=str(folder), config=settings, resume="allow")
+        # The same id at every restart: one run there as here.
+        run_id = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
+        run = wandb.init(project="bge-icl-train", id=run_id, dir=str(folder), config=settings, resume="allow")
         return lambda metrics: run.log(metrics, step=metrics["step"])
     return lambda metrics: None
 
