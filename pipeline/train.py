@@ -221,6 +221,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         time.sleep(0 if ranks.is_first else 3)
         print(f"{'' if ranks.is_first else f'[rank {ranks.rank}] '}error: {error}", file=sys.stderr, flush=True)
         return 2
+    # Ranks leave together: one that ends while the first still saves may be aborted by gloo's threads.
+    dist.barrier()
     dist.destroy_process_group()
     return 0
 

@@ -116,6 +116,9 @@ def run_engine(settings: Settings, recipe: str, out: str, stages: str) -> None:
                 engine.zero_grad()
     if ranks.is_first:
         save_file(gradients, out)
+    # A rank that ends while another still holds connections to it may be aborted by gloo's threads.
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -54,6 +54,22 @@ def test_every_zero_stage_and_chunk_count_gives_the_reference_gradient(world_siz
     assert all(1 in counts for counts in chunk_counts.values())
 
 
+def test_bf16_with_activation_checkpointing_stays_near_the_fp32_reference(recipe, reference, tmp_path):
+    """What the recipes run. Gradients of many chunks are summed in fp32, so more chunks must not mean more error."""
+    out = tmp_path / "gradients.safetensors"
+    overrides = ["model.dtype=bf16", "model.activation_checkpointing=true"]
+    require_success(launch(WORKER, ["engine", str(recipe), str(out), "0,1,2,3", *overrides], 2))
+    worst = 0.0
+    for key, value in load_file(out).items():
+        stage, budget, task_type, name = key.split("|")
+        if name == "chunks":
+            continue
+        error = relative_error(value, reference[f"{task_type}|{name}"])
+        assert error <= 0.1, f"{key}: relative error {error:.1e}"
+        worst = max(worst, error)
+    assert worst > 1e-4, "this was fp32"
+
+
 def test_with_dropout_stages_agree_and_a_stage_repeats_bit_for_bit(recipe, reference, tmp_path):
     out = tmp_path / "gradients.safetensors"
     arguments = ["engine", str(recipe), str(out), "0,1,2,3,3again", "model.lora.dropout=0.1"]
