@@ -421,6 +421,7 @@ def test_fixed_examples_are_the_same_for_every_query_and_step() -> None:
         for b, row in enumerate(plan.row_B.tolist()):
             met += row in fixed
             assert plan.example_row_E[examples_of(plan, b)].tolist() == [f for f in fixed if f != row]
+        assert plan.num_examples_missing == int(np.isin(plan.row_B, fixed).sum())
     assert met == 3
     other = make_schedule(store, make_settings(store, mode="fixed", seed=5))
     assert set(other.datasets[0].fixed_rows) != set(fixed)

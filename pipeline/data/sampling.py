@@ -17,6 +17,7 @@ from pipeline.data.composing import example_lengths, query_lengths
 from pipeline.data.examples import Pairs, draw_entries, make_pairs, show_fixed, show_from_batch, show_from_dataset
 from pipeline.data.permutation import mix_key, permute
 from pipeline.data.schedule import (
+    NUM_FIXED_EXAMPLES,
     DatasetSchedule,
     Schedule,
     asks_examples,
@@ -164,7 +165,9 @@ def _examples(
         return np.zeros(len(batch.row) + 1, dtype=np.int64), batch.take(np.arange(0)), 0
     if settings.mode == "fixed":
         row = np.array(dataset.fixed_rows, dtype=np.int64)
-        return *show_fixed(rule, batch, make_pairs(table, rule, row, table.pos_offsets[row])), 0
+        offsets, shown = show_fixed(rule, batch, make_pairs(table, rule, row, table.pos_offsets[row]))
+        wanted = len(batch.row) * min(NUM_FIXED_EXAMPLES, settings.max_examples)
+        return offsets, shown, wanted - len(shown.row)
     rng = _generator(schedule, _EXAMPLES, step)
     wanted_B = rng.integers(0, settings.max_examples + 1, len(batch.row))
     if settings.mode == "pool":
