@@ -10,10 +10,34 @@ So `embeddings_SD` has one row a sequence, `last_token_S` one index a sequence.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
-TASK_TYPES = ("normal", "only_1neg", "symmetric_sts", "symmetric_class", "symmetric_clustering")
+
+@dataclass(frozen=True)
+class TaskRule:
+    """How a task type is trained."""
+
+    symmetric: bool  # batch.symmetric_queries, not batch.queries
+    group_size: int | None  # positive + negatives where the type sets it; None: batch.group_size
+    in_batch_negatives: bool  # the paper's rule: retrieval only
+    wrap_passages: bool  # passages take the form of a query with the row's instruction, without examples
+    # Rows with the query's own positive would show the answer where it competes with the batch. With a few labels the
+    # exclusion would teach "a label shown is never mine", the opposite of what inference shows.
+    exclude_same_positive: bool
+    response: Literal["positive", "category"]  # of a row shown as example
+
+
+RULES: dict[str, TaskRule] = {
+    "normal": TaskRule(False, None, True, False, True, "positive"),
+    "only_1neg": TaskRule(False, 2, True, False, True, "positive"),
+    "symmetric_sts": TaskRule(True, None, False, True, True, "positive"),
+    "symmetric_class": TaskRule(True, None, False, False, False, "positive"),
+    "symmetric_clustering": TaskRule(True, None, False, True, False, "category"),
+}
+
+TASK_TYPES = tuple(RULES)
 
 
 @dataclass(frozen=True)

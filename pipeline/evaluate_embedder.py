@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         settings = read_settings(args.run, args.config, args.overrides)
         tasks = [load_task(folder) for folder in args.task]
         evaluate(args, settings, tasks, modes)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

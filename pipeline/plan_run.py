@@ -13,9 +13,8 @@ import numpy as np
 from pipeline.data.composing import plan_lengths
 from pipeline.data.packing import deal
 from pipeline.data.sampling import Schedule, check_world_size, make_schedule, plan_step, share_saved
-from pipeline.data.schedule import RULES
 from pipeline.data.store import TokenStore, open_store, require_match
-from pipeline.datatypes import BatchPlan
+from pipeline.datatypes import RULES, BatchPlan
 from pipeline.prompts import Template, get_template, render_query
 from pipeline.settings import load_settings
 

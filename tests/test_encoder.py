@@ -6,6 +6,7 @@ from transformers import (
     AutoModel,
     Gemma2Config,
     Gemma3TextConfig,
+    GemmaConfig,
     LlamaConfig,
     MistralConfig,
     PretrainedConfig,
@@ -31,6 +32,7 @@ FAMILIES: dict[str, PretrainedConfig] = {
     "mistral": MistralConfig(**SMALL, sliding_window=4),
     "qwen2": Qwen2Config(**SMALL),
     "qwen3": Qwen3Config(**SMALL, head_dim=8),
+    "gemma": GemmaConfig(**SMALL, head_dim=8),
     "gemma2": Gemma2Config(**SMALL, head_dim=8, query_pre_attn_scalar=8, sliding_window=4, attn_logit_softcapping=2.0),
     "gemma3": Gemma3TextConfig(**SMALL, head_dim=8, query_pre_attn_scalar=8, sliding_window=4),
 }
@@ -65,6 +67,7 @@ def test_packed_equals_transformers_one_by_one(family, pooling, tmp_path):
     ids_T = torch.randint(0, 100, (sum(LENGTHS),))
     positions_T, cu_seqlens = pack(LENGTHS)
     packed_SD = encoder(ids_T, positions_T, cu_seqlens, max(LENGTHS))
+    assert encoder.gives_last_rows is (pooling == "last")
     weight_SD = torch.randn_like(packed_SD)
     (packed_SD * weight_SD).sum().backward()
     packed_gradients = trained_gradients(encoder)
@@ -90,11 +93,24 @@ def test_bidirectional_sees_later_tokens_and_causal_does_not(tmp_path):
     changed_T = ids_T.clone()
     changed_T[-1] = 50
     for attention, same in (("causal", True), ("bidirectional", False)):
-        encoder = load_encoder(ModelSettings(name=name, dtype="fp32", attention=attention), (), ())
+        settings = ModelSettings(
+            name=name, dtype="fp32", attention=attention, pooling="mean"
+        )  # gives every token's row
+        encoder = load_encoder(settings, (), ())
         inputs = {"position_ids": positions_T[None], "cu_seq_lens_q": cu_seqlens, "max_length_q": 6, "use_cache": False}
         first = encoder.decoder(input_ids=ids_T[None], **inputs).last_hidden_state[0, 0]
         second = encoder.decoder(input_ids=changed_T[None], **inputs).last_hidden_state[0, 0]
         assert torch.equal(first, second) is same
+
+
+def test_unknown_family_computes_the_whole_last_layer(tmp_path, monkeypatch):
+    name = make_model(FAMILIES["llama"], tmp_path)
+    inputs = (torch.arange(sum(LENGTHS)), *pack(LENGTHS), max(LENGTHS))
+    trimmed = load_encoder(ModelSettings(name=name, dtype="fp32"), (), ())
+    monkeypatch.setattr("pipeline.model.last_layer.FAMILIES", ())
+    whole = load_encoder(ModelSettings(name=name, dtype="fp32"), (), ())
+    assert trimmed.gives_last_rows and not whole.gives_last_rows
+    torch.testing.assert_close(trimmed(*inputs), whole(*inputs), atol=3e-6, rtol=0)
 
 
 def test_marker_rows_start_from_the_mean_of_their_subtokens(tmp_path):

@@ -12,8 +12,8 @@ from fake_store import make_settings, make_store, plain_rows
 from pipeline.data.composing import plan_lengths
 from pipeline.data.packing import deal
 from pipeline.data.sampling import check_world_size, locate_step, make_schedule, plan_step, share_saved
-from pipeline.data.schedule import RULES, share_steps
-from pipeline.datatypes import TASK_TYPES, BatchPlan
+from pipeline.data.schedule import share_steps
+from pipeline.datatypes import RULES, TASK_TYPES, BatchPlan
 from pipeline.settings import DatasetSettings
 
 

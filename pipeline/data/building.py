@@ -53,13 +53,13 @@ from pipeline.data.store import (
     Manifest,
     StoredFile,
     dump_manifest,
-    file_sha256,
     limits_dict,
     open_store,
 )
 from pipeline.data.text_shards import ShardTask, Width, build_shard, save_encoder
 from pipeline.data.tokenizing import PromptTokenizer, PromptTokens, load_tokenizer, tokenize_pieces
-from pipeline.data.units import UnitTask, build_unit, sync, write_text
+from pipeline.data.units import UnitTask, build_unit
+from pipeline.files import file_sha256, sync, write_text
 from pipeline.prompts import get_template
 from pipeline.settings import PreprocessSettings, Settings
 
@@ -141,6 +141,8 @@ def build_store(
         work = store.with_name(store.name + ".partial")
         plan = BuildPlan(settings, sources, work, num_partitions, block_bytes, bars)
         with _locked(work):
+            if not overwrite and store.exists():
+                raise ValueError(f"another process has just built {store}; run again to compare it with the recipe")
             _keep_or_clear(work, "raw.json", raw, (plan.units, plan.reports, plan.target))
             reports = _build_units(plan, pool, loading)
             pt = loading.result()

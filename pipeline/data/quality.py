@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.data.units import write_text
+from pipeline.files import write_text
 
 _SHOWN = 5
 

@@ -15,7 +15,8 @@ from pipeline.data.composing import Limits
 from pipeline.data.pieces import KINDS
 from pipeline.data.store import hashes_as_numpy, read_batch
 from pipeline.data.tokenizing import PromptTokens
-from pipeline.data.units import WRAPPED_TYPES, write_batches
+from pipeline.data.units import write_batches
+from pipeline.datatypes import RULES
 
 HISTOGRAM_EDGES = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 
@@ -133,7 +134,7 @@ def _passage_lengths(
     side: Ragged, instruction_N: np.ndarray, task_type: str, measures: Measures
 ) -> tuple[np.ndarray, np.ndarray]:
     """(uncut, cut) tokens of every positive or negative, int64 [H]."""
-    if task_type in WRAPPED_TYPES:
+    if RULES[task_type].wrap_passages:
         uncut = measures.query(side.values, np.repeat(instruction_N, side.counts))
     else:
         uncut = measures.passage(side.values)

@@ -1,4 +1,4 @@
-"""What a run draws from each dataset: the rules of the five task types, batch sizes, steps and their checks.
+"""What a run draws from each dataset: batch sizes, steps and their checks.
 
 A schedule holds a few numbers a dataset and nothing that grows with rows or with ranks: 100 M rows cost no table.
 """
@@ -6,40 +6,18 @@ A schedule holds a few numbers a dataset and nothing that grows with rows or wit
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from pipeline.data.bucketing import PassLayout, make_layout
 from pipeline.data.composing import Limits, example_lengths, query_lengths
 from pipeline.data.permutation import mix_key, permute
+from pipeline.datatypes import RULES, TaskRule
 from pipeline.settings import DatasetSettings, ExampleSettings, Settings
 
 if TYPE_CHECKING:
     from pipeline.data.store import DatasetTable, TokenStore
-
-
-@dataclass(frozen=True)
-class TaskRule:
-    """How a task type is trained."""
-
-    symmetric: bool  # batch.symmetric_queries, not batch.queries
-    group_size: int | None  # positive + negatives where the type sets it; None: batch.group_size
-    in_batch_negatives: bool  # the paper's rule: retrieval only
-    wrap_passages: bool  # passages take the form of a query with the row's instruction, without examples
-    # Rows with the query's own positive would show the answer where it competes with the batch. With a few labels the
-    # exclusion would teach "a label shown is never mine", the opposite of what inference shows.
-    exclude_same_positive: bool
-    response: Literal["positive", "category"]  # of a row shown as example
-
-
-RULES: dict[str, TaskRule] = {
-    "normal": TaskRule(False, None, True, False, True, "positive"),
-    "only_1neg": TaskRule(False, 2, True, False, True, "positive"),
-    "symmetric_sts": TaskRule(True, None, False, True, True, "positive"),
-    "symmetric_class": TaskRule(True, None, False, False, False, "positive"),
-    "symmetric_clustering": TaskRule(True, None, False, True, False, "category"),
-}
 
 NUM_FIXED_EXAMPLES = 3  # the paper's ablation: three a task, the same for every query
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from pipeline.data.store import FORMAT_VERSION, MANIFEST, Manifest, limits_dict, open_store, read_manifest
 from pipeline.data.tokenizing import PromptTokenizer
+from pipeline.datatypes import RULES
 from pipeline.settings import DatasetSettings, Settings
 
 
@@ -69,7 +70,8 @@ def full_identity(
 
 def group_size_of(settings: Settings, dataset: DatasetSettings, task_type: str) -> int:
     """Positive and negatives of a row in training, at most: what the length key reckons with."""
-    return dataset.group_size or (2 if task_type == "only_1neg" else settings.batch.group_size)
+    rule = RULES.get(task_type)  # a type that only the rows tell is not known here
+    return dataset.group_size or (rule and rule.group_size) or settings.batch.group_size
 
 
 def require_up_to_date(store: Path, identity: dict[str, Any]) -> Manifest:

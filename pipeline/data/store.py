@@ -21,6 +21,7 @@ import pyarrow as pa
 
 from pipeline.data.pieces import KINDS
 from pipeline.data.tokenizing import PromptTokens, tokens_from_json, tokens_to_json
+from pipeline.files import file_sha256
 from pipeline.prompts import get_template
 from pipeline.settings import PreprocessSettings, Settings
 
@@ -243,15 +244,6 @@ def require_match(store: TokenStore, settings: Settings, fingerprint: str) -> No
 def limits_dict(settings: PreprocessSettings) -> dict[str, int]:
     """The five limits by name."""
     return {name: getattr(settings, name) for name in LIMIT_NAMES}
-
-
-def file_sha256(path: Path) -> str:
-    """sha256 of a file's bytes as hex digits."""
-    digest, buffer = hashlib.sha256(), memoryview(bytearray(1 << 20))
-    with path.open("rb") as file:
-        while count := file.readinto(buffer):
-            digest.update(buffer[:count])
-    return digest.hexdigest()
 
 
 # The manifest on disk.

@@ -14,8 +14,9 @@ import pyarrow as pa
 from tokenizers import Tokenizer
 
 from pipeline.data.pieces import KINDS, EdgeCache, PieceEncoder, PieceRule, derive_pieces, encode_pieces
-from pipeline.data.store import file_sha256, hashes_as_numpy
-from pipeline.data.units import hash_column, write_batches, write_text
+from pipeline.data.store import hashes_as_numpy
+from pipeline.data.units import hash_column, write_batches
+from pipeline.files import file_sha256, write_text
 
 # The kind that is tokenised in full where a text needs several; the others are derived from it.
 _BASE_ORDER = ("passage", "query", "response")

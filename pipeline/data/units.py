@@ -7,10 +7,9 @@
 
 import hashlib
 import json
-import os
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -22,9 +21,9 @@ import pyarrow as pa
 from pipeline.data.pieces import KINDS
 from pipeline.data.raw import Block, parse_row, read_block, split_lines
 from pipeline.datatypes import RawRecord
+from pipeline.files import write_atomic, write_text
 
 QUERY, RESPONSE, PASSAGE = (1 << i for i in range(len(KINDS)))
-WRAPPED_TYPES = ("symmetric_sts", "symmetric_clustering")
 _START_CHARS = 200
 
 
@@ -178,9 +177,6 @@ def _write_rows(path: Path, rows: _Rows, place: np.ndarray) -> None:
     write_batches(path, [batch], batch.schema)
 
 
-# Files that are complete or absent.
-
-
 def write_batches(path: Path, batches: Iterable[pa.RecordBatch], schema: pa.Schema) -> None:
     """Write an Arrow IPC file under its final name only when all of it is on disk."""
 
@@ -189,26 +185,4 @@ def write_batches(path: Path, batches: Iterable[pa.RecordBatch], schema: pa.Sche
             for batch in batches:
                 writer.write_batch(batch)
 
-    _write_atomic(path, write)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a UTF-8 text file, complete or absent."""
-    _write_atomic(path, lambda temporary: temporary.write_bytes(text.encode("utf-8")))
-
-
-def _write_atomic(path: Path, write: Callable[[Path], Any]) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    write(temporary)
-    sync(temporary)
-    os.replace(temporary, path)
-    sync(path.parent)
-
-
-def sync(path: Path) -> None:
-    """fsync a file or a folder."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    write_atomic(path, write)

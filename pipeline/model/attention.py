@@ -9,6 +9,7 @@ import functools
 import importlib.util
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,7 +19,20 @@ from transformers.masking_utils import AttentionMaskInterface
 
 log = logging.getLogger(__name__)
 
-Attend = Callable[..., Tensor]
+
+@dataclass(frozen=True)
+class _Call:
+    """What a layer asks for beside its tensors: sequence i holds tokens cu_seqlens[i] to cu_seqlens[i + 1]."""
+
+    cu_seqlens: Tensor  # int32, one more than sequences
+    max_seqlen: int
+    scale: float
+    causal: bool
+    window: int | None  # tokens that a token sees to its left (and right, if not causal), itself not counted
+    softcap: float | None  # of the scores, None: none
+
+
+Attend = Callable[[Tensor, Tensor, Tensor, _Call], Tensor]  # query, key, value [T, H, K] -> [T, H, K]
 
 
 def register_packed_attention(kernel: str, causal: bool, device_type: str, dtype: str, softcap: float | None) -> str:
@@ -100,111 +114,70 @@ def _packed_attention(
         )
     # Both sides of a window count the token itself in transformers: `sliding_window` tokens in all.
     window = sliding_window - 1 if sliding_window is not None and sliding_window < max_length_q else None
-    out = attend(
-        query[0].transpose(0, 1),
-        key[0].transpose(0, 1),
-        value[0].transpose(0, 1),
-        cu_seq_lens_q,
-        max_length_q,
-        scale=scaling if scaling is not None else query.shape[-1] ** -0.5,
-        causal=causal,
-        window=window,
-        softcap=softcap,
-    )
+    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    call = _Call(cu_seq_lens_q, max_length_q, scale, causal, window, softcap)
+    out = attend(query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1), call)
     return out[None], None
 
 
-def _flash_attn(
-    query_THK: Tensor,
-    key_THK: Tensor,
-    value_THK: Tensor,
-    cu_seqlens: Tensor,
-    max_seqlen: int,
-    *,
-    scale: float,
-    causal: bool,
-    window: int | None,
-    softcap: float | None,
-) -> Tensor:
+def _flash_attn(query_THK: Tensor, key_THK: Tensor, value_THK: Tensor, call: _Call) -> Tensor:
     from flash_attn import flash_attn_varlen_func
 
-    sides = (-1, -1) if window is None else (window, 0 if causal else window)
+    sides = (-1, -1) if call.window is None else (call.window, 0 if call.causal else call.window)
     return flash_attn_varlen_func(
         query_THK,
         key_THK,
         value_THK,
-        cu_seqlens,
-        cu_seqlens,
-        max_seqlen,
-        max_seqlen,
-        softmax_scale=scale,
-        causal=causal,
+        call.cu_seqlens,
+        call.cu_seqlens,
+        call.max_seqlen,
+        call.max_seqlen,
+        softmax_scale=call.scale,
+        causal=call.causal,
         window_size=sides,
-        softcap=softcap or 0.0,
+        softcap=call.softcap or 0.0,
     )
 
 
-def _torch_varlen(
-    query_THK: Tensor,
-    key_THK: Tensor,
-    value_THK: Tensor,
-    cu_seqlens: Tensor,
-    max_seqlen: int,
-    *,
-    scale: float,
-    causal: bool,
-    window: int | None,
-    softcap: float | None,
-) -> Tensor:
+def _torch_varlen(query_THK: Tensor, key_THK: Tensor, value_THK: Tensor, call: _Call) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    assert not softcap, "_choose_kernel does not give a model with a soft cap to this kernel"
-    left = -1 if window is None else window
+    assert not call.softcap, "_choose_kernel does not give a model with a soft cap to this kernel"
+    left = -1 if call.window is None else call.window
     out = varlen_attn(
         query_THK,
         key_THK,
         value_THK,
-        cu_seqlens,
-        cu_seqlens,
-        max_seqlen,
-        max_seqlen,
-        scale=scale,
-        window_size=(left, 0 if causal else left),
+        call.cu_seqlens,
+        call.cu_seqlens,
+        call.max_seqlen,
+        call.max_seqlen,
+        scale=call.scale,
+        window_size=(left, 0 if call.causal else left),
         enable_gqa=query_THK.shape[1] != key_THK.shape[1],
     )
     assert isinstance(out, Tensor)
     return out
 
 
-def _sdpa(
-    query_THK: Tensor,
-    key_THK: Tensor,
-    value_THK: Tensor,
-    cu_seqlens: Tensor,
-    max_seqlen: int,
-    *,
-    scale: float,
-    causal: bool,
-    window: int | None,
-    softcap: float | None,
-) -> Tensor:
+def _sdpa(query_THK: Tensor, key_THK: Tensor, value_THK: Tensor, call: _Call) -> Tensor:
     """One attention call a sequence: the slow, obvious path, and the only one on CPU."""
     groups = query_THK.shape[1] // key_THK.shape[1]
     if groups > 1:
         key_THK, value_THK = (x.repeat_interleave(groups, dim=1) for x in (key_THK, value_THK))
     # [1, H, T, K]: torch's fast CPU attention is taken for four dimensions only.
     query, key, value = (x.transpose(0, 1)[None] for x in (query_THK, key_THK, value_THK))
-    edges = cu_seqlens.tolist()
+    edges = call.cu_seqlens.tolist()
     outs = []
     for start, end in zip(edges[:-1], edges[1:], strict=True):
         q, k, v = (x[:, :, start:end] for x in (query, key, value))
-        if softcap:
-            outs.append(_soft_capped(q, k, v, scale, causal, window, softcap))
+        if call.softcap:
+            outs.append(_soft_capped(q, k, v, call.scale, call.causal, call.window, call.softcap))
             continue
-        mask = None if window is None else _allowed(end - start, causal, window, q.device)
+        mask = None if call.window is None else _allowed(end - start, call.causal, call.window, q.device)
         outs.append(
             torch.nn.functional.scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, is_causal=causal and mask is None, scale=scale
+                q, k, v, attn_mask=mask, is_causal=call.causal and mask is None, scale=call.scale
             )
         )
     return torch.cat(outs, dim=2)[0].transpose(0, 1)

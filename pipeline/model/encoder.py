@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModel, PretrainedConfig
 
 from embed_kernels import gather_last_token
 from pipeline.model.attention import register_packed_attention
+from pipeline.model.last_layer import keep_last_rows
 from pipeline.settings import LoraSettings, ModelSettings
 
 log = logging.getLogger(__name__)
@@ -55,10 +56,11 @@ class Encoder(nn.Module):
         super().__init__()
         self.decoder = decoder
         self.pooling = pooling
+        self.gives_last_rows = pooling == "last" and keep_last_rows(decoder)
 
     def forward(self, input_ids_T: Tensor, position_ids_T: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
         """embeddings_SD, fp32, L2-normalised, for the S sequences that `cu_seqlens` (int32, S + 1) cuts out."""
-        hidden_TD = self.decoder(
+        hidden = self.decoder(
             input_ids=input_ids_T[None],
             position_ids=position_ids_T[None],
             attention_mask=None,
@@ -67,10 +69,13 @@ class Encoder(nn.Module):
             cu_seq_lens_k=cu_seqlens,
             max_length_q=max_seqlen,
             max_length_k=max_seqlen,
-        ).last_hidden_state[0]
+        ).last_hidden_state[0]  # [T, D], or [S, D] where the last layer gives only what is read
         if self.pooling == "mean":
-            return _mean_pool(hidden_TD, cu_seqlens)
-        return gather_last_token(hidden_TD, cu_seqlens[1:].long() - 1)
+            return _mean_pool(hidden, cu_seqlens)
+        last_S = cu_seqlens[1:].long() - 1
+        return gather_last_token(
+            hidden, torch.arange(len(last_S), device=hidden.device) if self.gives_last_rows else last_S
+        )
 
 
 def _mean_pool(hidden_TD: Tensor, cu_seqlens: Tensor) -> Tensor:

@@ -10,10 +10,8 @@ are functions of (seed, step), so there is no random state to save.
 """
 
 import dataclasses
-import hashlib
 import json
 import logging
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +20,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from pipeline.files import file_sha256, sync
 from pipeline.runtime.engine import MOMENTS
 from pipeline.settings import Settings, dump_settings, load_settings
 
@@ -71,14 +70,14 @@ def save_checkpoint(
     save_file(moments, partial / FILES[1])
     (partial / FILES[2]).write_text(dump_settings(settings), encoding="utf-8")
     record = {"state": dataclasses.asdict(state), "manifest_sha256": manifest_hash}
-    record["sha256"] = {name: _sha256(partial / name) for name in FILES}
+    record["sha256"] = {name: file_sha256(partial / name) for name in FILES}
     (partial / "state.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     for path in (*partial.iterdir(), partial):
-        _sync(path)
+        sync(path)
     if final.exists():
         shutil.rmtree(final)
     partial.rename(final)
-    _sync(folder)
+    sync(folder)
     # Beyond this step there can only be checkpoints that were found damaged: the run went on from before them.
     found = {_step_of(path): path for path in folder.glob("step-*")}
     kept = sorted(step for step in found if step <= state.step)[-keep_last:]
@@ -93,7 +92,7 @@ def find_checkpoint(folder: Path) -> Path | None:
     for candidate in sorted(folder.glob("step-*"), key=_step_of, reverse=True):
         try:
             record = json.loads((candidate / "state.json").read_text(encoding="utf-8"))
-            broken = [name for name in FILES if _sha256(candidate / name) != record["sha256"][name]]
+            broken = [name for name in FILES if file_sha256(candidate / name) != record["sha256"][name]]
         except (OSError, ValueError, KeyError) as error:
             broken = [f"state.json ({error})"]
         if not broken:
@@ -138,19 +137,3 @@ def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in tree.items():
         flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -1,0 +1,39 @@
+"""Files that are complete or absent, and their checksums."""
+
+import hashlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+def file_sha256(path: Path) -> str:
+    """sha256 of a file's bytes as hex digits."""
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(1 << 20))
+    with path.open("rb") as file:
+        while count := file.readinto(buffer):
+            digest.update(buffer[:count])
+    return digest.hexdigest()
+
+
+def sync(path: Path) -> None:
+    """fsync a file or a folder."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_atomic(path: Path, write: Callable[[Path], Any]) -> None:
+    """Let `write` fill a temporary file, which takes the name `path` only when all of it is on disk."""
+    temporary = path.with_name(path.name + ".tmp")
+    write(temporary)
+    sync(temporary)
+    os.replace(temporary, path)
+    sync(path.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a UTF-8 text file, complete or absent."""
+    write_atomic(path, lambda temporary: temporary.write_bytes(text.encode("utf-8")))
