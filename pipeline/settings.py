@@ -96,6 +96,11 @@ class ExampleSettings:
     mode: Literal["in_batch", "fixed", "pool", "filler", "none"] = "in_batch"
     max_examples: int = 5
 
+    @property
+    def asked_for(self) -> bool:
+        """Whether any query may get examples."""
+        return self.mode != "none" and self.max_examples > 0
+
 
 @dataclass(frozen=True)
 class BatchSettings:
@@ -303,12 +308,13 @@ def _validate(s: Settings) -> None:
             raise ValueError(f"{name} is not set; every recipe must name it")
     get_template(p.template)
     _require_positive(s)
-    if s.run.chunk_tokens < max(p.max_prompt_tokens, p.max_passage_tokens):
+    if s.run.chunk_tokens < max(p.max_prompt_tokens, p.max_passage_tokens, p.max_query_tokens):
         raise ValueError(
             f"run.chunk_tokens={s.run.chunk_tokens} cannot hold one sequence of preprocess.max_prompt_tokens="
-            f"{p.max_prompt_tokens} / max_passage_tokens={p.max_passage_tokens}; raise it or lower the limits"
+            f"{p.max_prompt_tokens} / max_query_tokens={p.max_query_tokens} / max_passage_tokens="
+            f"{p.max_passage_tokens}; raise it or lower the limits"
         )
-    if b.examples.mode != "none" and p.max_prompt_tokens <= p.max_query_tokens:
+    if b.examples.asked_for and p.max_prompt_tokens <= p.max_query_tokens:
         raise ValueError(
             f"preprocess.max_prompt_tokens={p.max_prompt_tokens} leaves no room for an example beside a query of "
             f"preprocess.max_query_tokens={p.max_query_tokens}; raise it, or set batch.examples.mode=none to train "
@@ -340,6 +346,7 @@ def _require_positive(s: Settings) -> None:
         "run.save_every": s.run.save_every,
         "run.keep_last": s.run.keep_last,
         "model.lora.rank": s.model.lora.rank,
+        "model.lora.alpha": s.model.lora.alpha,
         "preprocess.max_query_tokens": s.preprocess.max_query_tokens,
         "preprocess.max_passage_tokens": s.preprocess.max_passage_tokens,
         "preprocess.max_example_query_tokens": s.preprocess.max_example_query_tokens,
@@ -353,6 +360,7 @@ def _require_positive(s: Settings) -> None:
         "batch.mix_temperature": s.batch.mix_temperature,
         "loss.distillation_weight": s.loss.distillation_weight,
         "optim.warmup_steps": s.optim.warmup_steps,
+        "run.seed": s.run.seed,
         "optim.weight_decay": s.optim.weight_decay,
     }
     for name, value in not_negative.items():

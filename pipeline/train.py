@@ -21,15 +21,24 @@ import torch
 import torch.distributed as dist
 
 from pipeline.data.composing import Limits
-from pipeline.data.sampling import check_world_size, make_schedule, plan_step
+from pipeline.data.sampling import check_world_size, make_schedule, plan_step, share_saved
 from pipeline.data.store import open_store, require_match, verify_shards
 from pipeline.data.tokenizing import load_tokenizer
 from pipeline.datatypes import PackedChunk
+from pipeline.files import write_text
 from pipeline.inference.saving import save_model
-from pipeline.model.encoder import add_lora, load_encoder
+from pipeline.model.encoder import add_lora, load_encoder, require_rows
 from pipeline.prompts import get_template
 from pipeline.runtime.checkpoint import TrainState, find_checkpoint, load_checkpoint, save_checkpoint
-from pipeline.runtime.engine import build_engine, one_reduction, read_state, start_distributed, take_step, write_state
+from pipeline.runtime.engine import (
+    build_engine,
+    one_reduction,
+    read_deepspeed_json,
+    read_state,
+    start_distributed,
+    take_step,
+    write_state,
+)
 from pipeline.runtime.ranks import Ranks, from_first, read_ranks, share_cores, together
 from pipeline.runtime.runlog import (
     StepMetrics,
@@ -47,11 +56,14 @@ from pipeline.settings import OptimSettings, Settings, dump_settings, load_setti
 
 log = logging.getLogger("train")
 
+REMEDY = "lower optim.lr or lengthen optim.warmup_steps, and look at the rows with pipeline/plan_run.py --step"
+
 
 def run(settings: Settings, ranks: Ranks) -> None:
     """The whole run on one rank; user errors are ValueErrors."""
     out = Path(settings.run.output_dir)
     limits = Limits.from_settings(settings.preprocess)
+    read_deepspeed_json(settings.run.deepspeed)  # a wrong one should not be found after the model is loaded
 
     # Data: refuse a store that this recipe did not make, or that is damaged (each rank reads its share of the shards).
     store = open_store(settings.data.store, verify=False)
@@ -68,6 +80,7 @@ def run(settings: Settings, ranks: Ranks) -> None:
     # Model: the frozen base, fresh adapters (the same on every rank), and the engine around them.
     prompt_tokens = tokenizer.tokens
     encoder = load_encoder(settings.model, prompt_tokens.marker_ids, prompt_tokens.marker_subtokens, ranks.device.type)
+    require_rows(encoder, tokenizer.largest_id)
     torch.manual_seed(settings.run.seed)
     add_lora(encoder, settings.model.lora)
     encoder.train()
@@ -76,7 +89,8 @@ def run(settings: Settings, ranks: Ranks) -> None:
 
     # Resume: nothing to ask for, the newest complete checkpoint is taken.
     state = TrainState(seed=settings.run.seed)
-    checkpoint = from_first(find_checkpoint(out / "checkpoints") if ranks.is_first else None, ranks)
+    found = together(lambda: find_checkpoint(out / "checkpoints") if ranks.is_first else None, ranks)
+    checkpoint = from_first(found, ranks)
     if checkpoint is not None:
         state, trainable = together(lambda: load_checkpoint(checkpoint, settings, manifest_hash), ranks)
         make_optimizer_state(engine, ranks)
@@ -84,7 +98,7 @@ def run(settings: Settings, ranks: Ranks) -> None:
         log.info("resumed from %s: step %d of %d", checkpoint, state.step, total_steps)
     if ranks.is_first:
         out.mkdir(parents=True, exist_ok=True)
-        (out / "settings.yaml").write_text(dump_settings(settings), encoding="utf-8")
+        write_text(out / "settings.yaml", dump_settings(settings))
         start_metrics(out / "metrics.jsonl", state.step)
     track = open_tracker(settings.run.tracker if ranks.is_first else "none", out, dataclasses.asdict(settings))
 
@@ -97,10 +111,10 @@ def run(settings: Settings, ranks: Ranks) -> None:
         result = run_step(engine, inputs, settings.loss, ranks, settings.run.seed)
         where = f"step {state.step} (dataset {store.datasets[plan.dataset].name}, rows {plan.row_B[:8].tolist()}...)"
         if not math.isfinite(result.loss):
-            raise FloatingPointError(f"loss is {result.loss} at {where}; no optimizer step was taken")
+            raise FloatingPointError(f"loss is {result.loss} at {where}; no optimizer step was taken; {REMEDY}")
         norm = take_step(engine, lr)
         if not math.isfinite(norm):
-            raise FloatingPointError(f"gradient norm is {norm} at {where}; the last checkpoint is from before it")
+            raise FloatingPointError(f"gradient norm is {norm} at {where}; the last checkpoint is older; {REMEDY}")
         seconds = time.perf_counter() - started
         state = TrainState(
             step=state.step + 1,
@@ -110,7 +124,6 @@ def run(settings: Settings, ranks: Ranks) -> None:
         )
 
         if ranks.is_first:
-            num_candidates = len(plan.candidate_C)
             metrics = StepMetrics(
                 step=plan.step,
                 epoch=plan.epoch,
@@ -129,7 +142,7 @@ def run(settings: Settings, ranks: Ranks) -> None:
                 examples_per_query=len(plan.example_row_E) / plan.num_queries,
                 examples_dropped=plan.num_examples_dropped,
                 passages=plan.num_passages,
-                passages_saved=1 - plan.num_passages / num_candidates,
+                passages_saved=share_saved(plan),
                 examples_missing=plan.num_examples_missing,
                 negatives_repeated=plan.num_candidates_repeated,
                 rows_revisited=plan.num_rows_revisited,
@@ -183,7 +196,8 @@ def describe(encoder: torch.nn.Module) -> str:
         return getattr(p, "ds_numel", p.numel())
 
     trained = sum(count(p) for p in encoder.parameters() if p.requires_grad)
-    total = sum(count(p) for p in encoder.parameters())
+    # Buffers too: the frozen embedding table is one.
+    total = sum(count(p) for p in encoder.parameters()) + sum(b.numel() for b in encoder.buffers())
     return f"{total / 1e6:.1f} M parameters, {trained / 1e6:.2f} M of them trained"
 
 
@@ -216,7 +230,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         share_cores(ranks)
         start_distributed(ranks)
         run(settings, ranks)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         # A user's fault shows on every rank alike; the others give the first one time to say it once.
         time.sleep(0 if ranks.is_first else 3)
         print(f"{'' if ranks.is_first else f'[rank {ranks.rank}] '}error: {error}", file=sys.stderr, flush=True)

@@ -69,7 +69,7 @@ def tiny_rows(count: int) -> dict[str, list[dict[str, Any]]]:
     for row in similarity[::2]:
         row |= {"pos_scores": [0.9] * len(row["pos"]), "neg_scores": [0.1] * len(row["neg"])}
     return {
-        "retrieval": sample_rows("medquad", count),
+        "retrieval": sample_rows("squad_newwiki", count),
         "entailment": sample_rows("snli", count + count // 2)[count // 2 :],
         "similarity": similarity,
         "emotion": sample_rows("goemotions", count),

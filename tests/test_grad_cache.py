@@ -20,7 +20,14 @@ def run(chunks, dropout, model):
         return loss.detach(), list(torch.autograd.grad(loss, leaves))
 
     seeds = [100 + i for i in range(len(chunks))]
-    result = two_pass_step(chunks, seeds, encode, embedding_gradients, lambda e, g, last: e.backward(g))
+    ends = []
+
+    def backward(embeddings, gradient, is_last):
+        ends.append(is_last)
+        embeddings.backward(gradient)
+
+    result = two_pass_step(chunks, seeds, encode, embedding_gradients, backward)
+    assert ends == [False] * (len(chunks) - 1) + [True]
     return result, [p.grad.clone() for p in model.parameters()], calls
 
 
@@ -50,10 +57,11 @@ def test_gradients_equal_the_uncached_step_with_dropout():
                 torch.testing.assert_close(gradient, expected)
 
 
-def test_one_chunk_makes_one_pass_and_several_make_two():
+def test_one_chunk_makes_one_pass_and_several_make_two_but_for_the_last():
     model = torch.nn.Linear(5, 4)
     batch = torch.randn(6, 5)
     result, _, calls = run([batch], 0.0, model)
     assert result.num_passes == 1 and calls == [True]
     result, _, calls = run(batch.split(2), 0.0, model)
-    assert result.num_passes == 2 and calls == [False] * 3 + [True] * 3
+    # The last chunk keeps the graph of its only pass.
+    assert result.num_passes == 2 and calls == [False] * 2 + [True] * 3

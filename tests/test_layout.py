@@ -16,8 +16,9 @@ ROOMS = ("data", "model", "runtime", "inference", "evaluation")
 
 # What a room may import from the pipeline. Entries (the other files directly in pipeline/) may import all of it, and
 # nobody imports an entry.
-LEAVES = {"datatypes", "prompts"}
+LEAVES = {"files", "datatypes", "prompts"}
 ALLOWED = {
+    "files": set(),
     "datatypes": set(),
     "prompts": set(),
     "settings": LEAVES,

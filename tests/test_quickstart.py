@@ -37,7 +37,7 @@ def test_the_recipe_names_the_samples() -> None:
     settings = load_settings(QUICKSTART / "recipe.yaml")
     paths = {Path(settings.data.root) / dataset.path for dataset in settings.data.datasets}
     assert paths == set(SAMPLES)
-    assert len(SAMPLES) == 6
+    assert len(SAMPLES) == 5
 
 
 @pytest.mark.parametrize("path", SAMPLES, ids=lambda path: path.name)
@@ -57,9 +57,9 @@ def test_every_row_is_valid(path: Path) -> None:
     assert len({(row["query"], row["pos"][0]) for row in rows}) == len(rows)
 
 
-def test_half_of_the_rows_are_retrieval_from_wikipedia() -> None:
+def test_more_than_half_of_the_rows_are_retrieval_from_wikipedia() -> None:
     counts = {path.name.split(".")[0]: len(rows_of(path)) for path in SAMPLES}
-    assert counts["squad_newwiki"] * 2 == sum(counts.values())
+    assert counts["squad_newwiki"] * 2 > sum(counts.values())
 
 
 def test_types_of_all_kinds_but_sts() -> None:

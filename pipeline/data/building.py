@@ -361,7 +361,7 @@ def _require_room(
     """Every instruction leaves room for text in a query, in a wrapped passage and in an example."""
     limits = Limits.from_settings(settings.preprocess)
     for text, ids in zip(instructions, pieces, strict=True):
-        examples = [] if settings.batch.examples.mode == "none" else [(ids, [0], [0])]
+        examples = [(ids, [0], [0])] if settings.batch.examples.asked_for else []
         try:
             compose_query(tokens, limits, ids, [0], examples)
             compose_wrapped(tokens, limits, ids, [0])

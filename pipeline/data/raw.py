@@ -98,7 +98,9 @@ def parse_row(line: bytes, dataset_type: str = "", dataset_instruction: str = ""
     scores = _scores(row, len(pos), len(neg))
     if isinstance(scores, _Fault):
         return scores.reason
-    task_type = row.get("type") or dataset_type or "normal"
+    task_type = row.get("type")
+    if task_type is None or task_type == "":
+        task_type = dataset_type or "normal"
     if not isinstance(task_type, str) or task_type not in TASK_TYPES:
         return f"unknown type {str(task_type)[:40]!r} (known: {', '.join(TASK_TYPES)})"
     if dataset_type and task_type != dataset_type:

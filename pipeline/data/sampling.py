@@ -20,7 +20,6 @@ from pipeline.data.schedule import (
     NUM_FIXED_EXAMPLES,
     DatasetSchedule,
     Schedule,
-    asks_examples,
     check_world_size,
     make_schedule,
 )
@@ -161,7 +160,7 @@ def _examples(
 ) -> tuple[np.ndarray, Pairs, int]:
     """Examples before the prompt limit: (example_offsets [B + 1], pairs [E], how many were asked for and not found)."""
     settings, rule = schedule.examples, dataset.rule
-    if not asks_examples(settings):
+    if not settings.asked_for:
         return np.zeros(len(batch.row) + 1, dtype=np.int64), batch.take(np.arange(0)), 0
     if settings.mode == "fixed":
         row = np.array(dataset.fixed_rows, dtype=np.int64)

@@ -72,7 +72,7 @@ def make_schedule(store: TokenStore, settings: Settings) -> Schedule:
     """
     wanted = _match_datasets(store, settings)
     limits, batch = Limits.from_settings(settings.preprocess), settings.batch
-    _require_instructions_fit(store, limits, with_examples=asks_examples(batch.examples))
+    _require_instructions_fit(store, limits, with_examples=batch.examples.asked_for)
     layouts = []
     for table in store.datasets:
         size = batch.symmetric_queries if RULES[table.task_type].symmetric else batch.queries
@@ -81,7 +81,7 @@ def make_schedule(store: TokenStore, settings: Settings) -> Schedule:
     datasets = []
     for d, (table, layout) in enumerate(zip(store.datasets, layouts, strict=True)):
         dataset = _dataset_schedule(table, wanted[table.name], settings, layout, steps[d])
-        if asks_examples(batch.examples):
+        if batch.examples.asked_for:
             _require_examples(store, table, dataset, batch.examples, limits)
         datasets.append(dataset)
     return Schedule(
@@ -92,11 +92,6 @@ def make_schedule(store: TokenStore, settings: Settings) -> Schedule:
         fill_groups=batch.fill_groups,
         distinct_passages=settings.run.distinct_passages,
     )
-
-
-def asks_examples(examples: ExampleSettings) -> bool:
-    """Whether queries show in-context examples at all."""
-    return examples.mode != "none" and examples.max_examples > 0
 
 
 def share_steps(batches: list[int], temperature: float) -> list[int]:

@@ -225,13 +225,24 @@ def _check_files(path: Path, files: Sequence[StoredFile], read_all: bool) -> Non
 
 
 def require_match(store: TokenStore, settings: Settings, fingerprint: str) -> None:
-    """Refuse a store made with another tokenizer, template or limit; ValueError shows both values and the remedy."""
+    """Refuse a store made with another tokenizer, template, limit, bucket edge or instruction.
+
+    Raises:
+        ValueError: shows both values and the remedy.
+    """
     manifest, wanted = store.manifest, settings.preprocess
     pairs: dict[str, tuple[object, object]] = {
         "tokenizer fingerprint": (manifest.fingerprint, fingerprint),
         "template": (manifest.template_version, get_template(wanted.template).version),
     }
     pairs |= {f"preprocess.{name}": (manifest.limits[name], getattr(wanted, name)) for name in LIMIT_NAMES}
+    pairs["preprocess.bucket_edges"] = (tuple(manifest.bucket_edges), tuple(wanted.bucket_edges))
+    instructions = {d.name: d.instruction for d in settings.data.datasets}
+    pairs |= {
+        f"instruction of dataset {d.name}": (d.instruction, instructions[d.name])
+        for d in manifest.datasets
+        if d.name in instructions
+    }
     differing = [f"  {name}: store {a}, recipe {b}" for name, (a, b) in pairs.items() if a != b]
     if differing:
         raise ValueError(

@@ -38,6 +38,7 @@ class PromptTokenizer:
     tokens: PromptTokens
     fingerprint: str  # sha256 over the fast tokenizer with its markers, BOS and EOS
     encoder: PieceEncoder
+    largest_id: int  # that a text or marker known to the model can become; new markers come after
     serialized: str  # the fast tokenizer as JSON: what preprocessing processes load
 
 
@@ -78,7 +79,9 @@ def load_tokenizer(name: str, template: Template) -> PromptTokenizer:
         marker_subtokens=tuple(tuple(ids) for ids in subtokens),
     )
     digest = hashlib.sha256(serialized.encode() + json.dumps([tokens.bos, tokens.eos]).encode())
-    return PromptTokenizer(tokenizer, template, tokens, digest.hexdigest(), encoder, serialized)
+    vocabulary = tokenizer.get_vocab()
+    largest_id = max(i for token, i in vocabulary.items() if token not in new)
+    return PromptTokenizer(tokenizer, template, tokens, digest.hexdigest(), encoder, largest_id, serialized)
 
 
 def _serialize(tokenizer: Any) -> str:

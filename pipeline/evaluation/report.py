@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from pipeline.files import write_text
 from pipeline.settings import Settings
 
 PACKAGES = ("bge-icl-train", "torch", "transformers", "deepspeed", "peft", "mteb", "numpy")
@@ -38,9 +39,7 @@ def add_scores(path: Path, new: Sequence[Score]) -> list[Score]:
     names = {replace(score, value=0.0) for score in new}
     scores = [score for score in read_scores(path) if replace(score, value=0.0) not in names] + list(new)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps([asdict(score) for score in scores], indent=1) + "\n", encoding="utf-8")
-    partial.replace(path)
+    write_text(path, json.dumps([asdict(score) for score in scores], indent=1) + "\n")
     return scores
 
 
@@ -64,7 +63,7 @@ def write_report(run_folder: Path, settings: Settings, scores: Sequence[Score], 
         lines += ["## Training", "", "![loss](loss.png)", ""]
     lines += ["## Versions", "", ", ".join([f"Python {platform.python_version()}", *_versions()]), ""]
     path = run_folder / "report.md"
-    path.write_text("\n".join(lines), encoding="utf-8")
+    write_text(path, "\n".join(lines))
     return path
 
 

@@ -22,7 +22,6 @@ from pipeline.inference.embedder import Example, FewShotEmbedder
 
 log = logging.getLogger(__name__)
 
-MODES = ("zero_shot", "few_shot")
 Encode = Callable[[list[str]], np.ndarray]  # N texts -> float32 [N, D]
 
 

@@ -112,7 +112,11 @@ def _read_texts(path: Path, may_be_empty: bool) -> list[tuple[str, str, str]]:
 def _read_qrels(path: Path, queries: dict[str, str], corpus: dict[str, str]) -> dict[str, dict[str, int]]:
     """Query id -> corpus id -> grade, for queries with at least one grade above 0."""
     grades: dict[str, dict[str, int]] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8: {error}") from error
+    for number, line in enumerate(text.splitlines(), start=1):
         cells = line.split("\t")
         if not line.strip() or (number == 1 and not cells[-1].strip().lstrip("-").isdigit()):
             continue

@@ -17,7 +17,7 @@ from pipeline.data.composing import Limits, compose_passage, compose_query
 from pipeline.data.packing import pack_chunk
 from pipeline.data.tokenizing import PromptTokenizer, load_tokenizer, tokenize_pieces
 from pipeline.inference.description import read_description
-from pipeline.model.encoder import Encoder, load_adapter, load_encoder
+from pipeline.model.encoder import Encoder, load_adapter, load_encoder, require_rows
 from pipeline.prompts import get_template
 from pipeline.settings import ModelSettings, Settings
 
@@ -140,7 +140,9 @@ def load_base_embedder(
     """The untrained base model of a recipe, with the recipe's template and limits."""
     tokenizer = load_tokenizer(settings.tokenizer_name, get_template(settings.preprocess.template))
     limits = Limits.from_settings(settings.preprocess)
-    return _build(settings.model, tokenizer, limits, chunk_tokens, show_progress)
+    embedder = _build(settings.model, tokenizer, limits, chunk_tokens, show_progress)
+    require_rows(embedder.encoder, tokenizer.largest_id)
+    return embedder
 
 
 def _build(

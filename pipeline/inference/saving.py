@@ -21,6 +21,8 @@ from torch import Tensor
 from pipeline.data.composing import Limits
 from pipeline.data.store import DatasetTable, TokenStore
 from pipeline.data.tokenizing import PromptTokenizer
+from pipeline.datatypes import RULES
+from pipeline.files import sync
 from pipeline.inference.description import DESCRIPTION_FILE
 from pipeline.model.encoder import MARKERS_FILE, Encoder
 from pipeline.settings import Settings
@@ -54,9 +56,16 @@ def save_model(
     _write_json(partial / DESCRIPTION_FILE, _description(tokenizer, settings))
     examples = {table.name: _examples(store, table) for table in store.datasets}
     _write_json(partial / "examples.json", examples)
+    for path in (*partial.iterdir(), partial):
+        sync(path)
+    # The old one leaves in one step too, so that a folder of this name is always whole.
+    replaced = folder.with_name(f".replaced-{folder.name}")
+    shutil.rmtree(replaced, ignore_errors=True)
     if folder.exists():
-        shutil.rmtree(folder)
+        folder.rename(replaced)
     partial.rename(folder)
+    sync(folder.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def _description(tokenizer: PromptTokenizer, settings: Settings) -> dict[str, Any]:
@@ -82,7 +91,7 @@ def _examples(store: TokenStore, table: DatasetTable) -> list[dict[str, str]]:
     examples = []
     for row in range(0, table.num_rows, max(1, table.num_rows // count)):
         response = int(table.pos_text[table.pos_offsets[row]])
-        if table.task_type == "symmetric_clustering":
+        if RULES[table.task_type].response == "category":
             response = int(table.category_text_N[row])
         examples.append(
             {

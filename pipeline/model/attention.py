@@ -108,10 +108,9 @@ def _packed_attention(
 ) -> tuple[Tensor, None]:
     """What transformers calls in every layer: query [1, H, T, K], key, value with fewer heads; gives [1, T, H, K]."""
     assert attention_mask is None and query.shape[0] == 1, "packed attention takes one packed row and no mask"
-    if dropout:
-        raise ValueError(
-            f"attention dropout {dropout} is not supported; set attention_dropout to 0 in the model's config"
-        )
+    assert not dropout, "load_encoder refuses attention dropout"
+    if kwargs.get("s_aux") is not None:
+        raise ValueError("the model has attention sinks, which packed attention does not know")
     # Both sides of a window count the token itself in transformers: `sliding_window` tokens in all.
     window = sliding_window - 1 if sliding_window is not None and sliding_window < max_length_q else None
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5

@@ -109,6 +109,7 @@ def load_encoder(
         softcap = getattr(config, "attn_logit_softcapping", None)
         causal = model.attention == "causal"
         attention = register_packed_attention(model.attention_kernel, causal, device_type, model.dtype, softcap)
+        _require_packable(config)
         decoder = AutoModel.from_pretrained(
             model.name, config=config, dtype=DTYPES[model.dtype], attn_implementation=attention
         )
@@ -128,6 +129,31 @@ def load_encoder(
         decoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
         decoder.enable_input_require_grads()
     return Encoder(decoder, model.pooling)
+
+
+def _require_packable(config: PretrainedConfig) -> None:
+    """ValueError for a decoder that would not, or not only, see what packed attention gives it."""
+    kind = AutoModel._model_mapping.get(type(config), None)
+    fault = ""
+    if not getattr(kind, "_supports_attention_backend", False):
+        fault = "its attention is not exchangeable in transformers"
+    elif "chunked_attention" in (getattr(config, "layer_types", None) or ()):
+        fault = "it attends within chunks of its own"
+    elif dropout := getattr(config, "attention_dropout", 0.0):
+        fault = f"attention dropout {dropout} is not supported; set attention_dropout to 0 in its config.json"
+    if fault:
+        raise ValueError(f"model type {config.model_type!r} cannot be packed: {fault}")
+
+
+def require_rows(encoder: nn.Module, largest_id: int) -> None:
+    """ValueError where the tokenizer can emit an id that the embedding table has no row for."""
+    tables = [m for m in encoder.modules() if isinstance(m, nn.Embedding)]
+    rows = max(table.num_embeddings for table in tables)
+    if largest_id >= rows:
+        raise ValueError(
+            f"the tokenizer emits ids up to {largest_id}, the model's embedding table has {rows} rows; they do not "
+            "belong together: set preprocess.tokenizer to the tokenizer of model.name"
+        )
 
 
 def _keep_whole(embedding: nn.Module) -> None:
@@ -150,7 +176,17 @@ def _keep_first_layers(config: PretrainedConfig, num_layers: int) -> None:
 
 
 def add_lora(encoder: Encoder, lora: LoraSettings) -> None:
-    """Fresh adapters on the seven projections; they and the marker rows are all that trains."""
+    """Fresh adapters on the seven projections; they and the marker rows are all that trains.
+
+    Raises:
+        ValueError: the decoder has no modules of these names; adapters on some of them would be another method.
+    """
+    found = {name.rsplit(".", 1)[-1] for name, _ in encoder.decoder.named_modules()}
+    if missing := [name for name in PROJECTIONS if name not in found]:
+        raise ValueError(
+            f"the model has no modules {', '.join(missing)}: LoRA needs a decoder with the projections "
+            f"{', '.join(PROJECTIONS)} (LLaMA, Mistral, Qwen, Gemma)"
+        )
     config = LoraConfig(
         r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=list(PROJECTIONS), bias="none"
     )

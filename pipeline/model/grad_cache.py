@@ -1,7 +1,9 @@
 """The two-pass step: batches of any size at the memory of one chunk, with the exact gradient (Gao et al. 2021).
 
-1. Encode every chunk without a graph. 2. Loss on the embeddings, gradient per embedding. 3. Encode each chunk again,
-with a graph, and push its cached gradients through. A step of one chunk keeps its graph and makes one pass.
+1. Encode every chunk without a graph, but the last with one. 2. Loss on the embeddings, gradient per embedding. 3. Push
+the last chunk's gradients through the graph that it kept; encode each other chunk again, with a graph, and push its
+gradients through. So never more than one graph is alive (ZeRO-3 allows no more: a second one would be silently wrong),
+and a step of one chunk makes one pass.
 Dropout is replayed: a chunk's random state is a function of its seed, set before both of its forward passes.
 """
 
@@ -17,7 +19,7 @@ Chunk = TypeVar("Chunk")
 
 @dataclass(frozen=True)
 class TwoPassResult:
-    """loss: this rank's share (add up over the ranks). num_passes: forward passes made over each chunk."""
+    """loss: this rank's share (add up over the ranks). num_passes: forward passes over each chunk but the last."""
 
     loss: Tensor
     num_passes: int
@@ -37,23 +39,22 @@ def two_pass_step(
         encode: chunk -> embeddings_SD.
         embedding_gradients: embeddings of this rank's chunks, without graph -> (loss, gradient of each); talks to the
             other ranks.
-        backward: (embeddings with graph, their gradient, is this the last chunk) -> None.
+        backward: (embeddings with graph, their gradient, is this the last call) -> None.
     """
     assert len(chunks) == len(chunk_seeds) > 0
-    if len(chunks) == 1:
-        torch.manual_seed(chunk_seeds[0])
-        embeddings_SD = encode(chunks[0])
-        loss, gradients = embedding_gradients([embeddings_SD.detach()])
-        backward(embeddings_SD, gradients[0], True)
-        return TwoPassResult(loss, num_passes=1)
-    cached = []
+
+    def encode_seeded(i: int) -> Tensor:
+        torch.manual_seed(chunk_seeds[i])
+        return encode(chunks[i])
+
+    *first, last = range(len(chunks))
     with torch.no_grad():
-        for chunk, seed in zip(chunks, chunk_seeds, strict=True):
-            torch.manual_seed(seed)
-            cached.append(encode(chunk))
-    loss, gradients = embedding_gradients(cached)
+        cached = [encode_seeded(i) for i in first]
+    kept = encode_seeded(last)
+    loss, gradients = embedding_gradients([*cached, kept.detach()])
     del cached
-    for i, (chunk, seed) in enumerate(zip(chunks, chunk_seeds, strict=True)):
-        torch.manual_seed(seed)
-        backward(encode(chunk), gradients[i], i == len(chunks) - 1)
-    return TwoPassResult(loss, num_passes=2)
+    backward(kept, gradients[last], not first)
+    del kept
+    for i in first:
+        backward(encode_seeded(i), gradients[i], i == first[-1])
+    return TwoPassResult(loss, num_passes=2 if first else 1)

@@ -36,7 +36,7 @@ def keep_last_rows(decoder: Any) -> bool:
         if "cu_seq_lens_q" not in kwargs:
             return None
         hidden, *rest = args
-        whole.append(hidden)
+        whole[:] = [hidden]  # not append: a call that failed may have left its own
         return (_last_rows(hidden, kwargs), *rest), kwargs
 
     def enter_first_norm(module: nn.Module, args: Any) -> Any:

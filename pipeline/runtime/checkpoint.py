@@ -12,6 +12,7 @@ are functions of (seed, step), so there is no random state to save.
 import dataclasses
 import json
 import logging
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,7 +80,7 @@ def save_checkpoint(
     partial.rename(final)
     sync(folder)
     # Beyond this step there can only be checkpoints that were found damaged: the run went on from before them.
-    found = {_step_of(path): path for path in folder.glob("step-*")}
+    found = {_step_of(path): path for path in _checkpoints(folder)}
     kept = sorted(step for step in found if step <= state.step)[-keep_last:]
     for step, path in found.items():
         if step not in kept:
@@ -88,16 +89,24 @@ def save_checkpoint(
 
 
 def find_checkpoint(folder: Path) -> Path | None:
-    """The newest complete checkpoint; a damaged one is named in a warning and the one before it is taken."""
-    for candidate in sorted(folder.glob("step-*"), key=_step_of, reverse=True):
+    """The newest complete checkpoint; a damaged one is named in a warning and the one before it is taken.
+
+    Raises:
+        ValueError: there are checkpoints and none is whole. Starting over would delete them, so that is not guessed.
+        OSError: one cannot be read just now, which says nothing about what is in it.
+    """
+    candidates = sorted(_checkpoints(folder), key=_step_of, reverse=True)
+    for candidate in candidates:
         try:
             record = json.loads((candidate / "state.json").read_text(encoding="utf-8"))
             broken = [name for name in FILES if file_sha256(candidate / name) != record["sha256"][name]]
-        except (OSError, ValueError, KeyError) as error:
+        except (FileNotFoundError, ValueError, KeyError) as error:
             broken = [f"state.json ({error})"]
         if not broken:
             return candidate
         log.warning("checkpoint %s is damaged (%s); trying the one before", candidate, ", ".join(broken))
+    if candidates:
+        raise ValueError(f"every checkpoint in {folder} is damaged; restore one, or remove the folder to start over")
     return None
 
 
@@ -126,6 +135,11 @@ def load_checkpoint(
         for name, weight in weights.items()
     }
     return TrainState(**record["state"]), trainable
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """Folders named as `save_checkpoint` names them, no others."""
+    return [path for path in folder.glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
 
 
 def _step_of(checkpoint: Path) -> int:

@@ -64,8 +64,10 @@ def read_deepspeed_json(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"run.deepspeed={path}: no such file; ds_configs/ has one for each ZeRO stage")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"run.deepspeed={path} is not valid JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"run.deepspeed={path} must hold a JSON object, not {type(config).__name__}")
     for key in RECIPE_OWNED:
         if key in config:
             raise ValueError(

@@ -4,6 +4,7 @@ S sequences of the whole step, D width, W ranks.
 """
 
 import os
+import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -43,10 +44,17 @@ def read_ranks(local_rank: int | None = None) -> Ranks:
         )
     local = int(os.environ.get("LOCAL_RANK", local_rank if local_rank is not None else 0))
     os.environ.setdefault("LOCAL_RANK", str(local))
-    for name, alone in (("RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "29555")):
-        os.environ.setdefault(name, alone)
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()}
+    for name, value in alone.items():
+        os.environ.setdefault(name, value)
     device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
     return Ranks(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), local, device)
+
+
+def _free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
 
 
 def share_cores(ranks: Ranks) -> int:
@@ -103,12 +111,18 @@ def from_first(value: Value, ranks: Ranks) -> Value:
 
 
 def together(work: Callable[[], Value], ranks: Ranks) -> Value:
-    """Run `work` on every rank; if it raises ValueError or OSError on one, all raise: none waits for another."""
+    """Run `work` on every rank; if it raises ValueError or OSError on one, all raise its message: none waits, and
+    whichever rank speaks first, or is ended first by the launcher, the reason is told.
+    """
     result, fault = None, ""
     try:
         result = work()
     except (ValueError, OSError) as error:
         fault = str(error)
-    if any(gather_values(float(bool(fault)), ranks)):
-        raise ValueError(fault or "another rank cannot go on; its own message names the reason")
+    faults = [fault]
+    if ranks.world_size > 1:
+        faults = [""] * ranks.world_size
+        dist.all_gather_object(faults, fault)
+    if any(faults):
+        raise ValueError(next(f if r == ranks.rank else f"rank {r}: {f}" for r, f in enumerate(faults) if f))
     return result  # type: ignore[return-value]

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import transformers
 
+from pipeline.files import write_text
 from pipeline.runtime.ranks import Ranks
 
 Track = Callable[[dict[str, Any]], None]
@@ -89,7 +90,7 @@ def start_metrics(path: Path, first_step: int) -> None:
     """Make metrics.jsonl end just before `first_step`: steps after the last checkpoint are done again."""
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] < first_step]
-    path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    write_text(path, "".join(line + "\n" for line in kept))
 
 
 def append_metrics(path: Path, metrics: StepMetrics) -> None:
