@@ -47,7 +47,7 @@ format: $(STAMP)  ## put the code in form
 	$(BIN)/ruff format .
 
 demo: $(STAMP)  ## train a few-shot embedder on the sample data and score it before and after (minutes on 2 CPU cores)
-	@mkdir -p $(RUN) && { test -d $(RUN)/model || date +%s > $(RUN)/started; }
+	@if [ -d $(RUN) ]; then rm -f $(RUN)/started; else mkdir -p $(RUN) && date +%s > $(RUN)/started; fi
 	$(BIN)/python examples/quickstart/prepare_model.py --out $(RUN)/base_model
 	$(BIN)/python pipeline/preprocess.py --config $(RECIPE)
 	$(BIN)/python pipeline/evaluate_embedder.py --config $(RECIPE) --task $(TASK) --label before
@@ -55,7 +55,9 @@ demo: $(STAMP)  ## train a few-shot embedder on the sample data and score it bef
 	$(BIN)/python pipeline/evaluate_embedder.py --run $(RUN) --task $(TASK) --label after
 	@if [ -f $(RUN)/started ]; then \
 		echo $$(( $$(date +%s) - $$(cat $(RUN)/started) )) > $(RUN)/demo_seconds.txt; rm $(RUN)/started; fi
-	@echo "took $$(cat $(RUN)/demo_seconds.txt) s after installation; report: $(RUN)/report.md"
+	@if [ -f $(RUN)/demo_seconds.txt ]; then \
+		echo "its first run took $$(cat $(RUN)/demo_seconds.txt) s after installation"; fi
+	@echo "report: $(RUN)/report.md"
 
 prove-main: $(STAMP)  ## check the README's main claims (DATA=folder with training and evaluation data)
 	$(BIN)/python benchmarks/prove.py main $(if $(DATA),--data $(DATA))

@@ -144,7 +144,6 @@ class RunSettings:
     seed: int = 0
     deepspeed: str = _path()  # one of ds_configs/*.json
     chunk_tokens: int = 16384  # token budget of one forward pass of one rank: sets peak activation memory
-    distinct_passages: bool = True  # encode each distinct passage of a step once
     save_every: int = 100
     keep_last: int = 2
     tracker: Literal["none", "tensorboard", "wandb"] = "none"

@@ -24,7 +24,7 @@ from pipeline.data.composing import Limits
 from pipeline.data.sampling import check_world_size, make_schedule, plan_step, share_saved
 from pipeline.data.store import open_store, require_match, verify_shards
 from pipeline.data.tokenizing import load_tokenizer
-from pipeline.datatypes import PackedChunk
+from pipeline.datatypes import BatchPlan, PackedChunk
 from pipeline.files import write_text
 from pipeline.inference.saving import save_model
 from pipeline.model.encoder import add_lora, load_encoder, require_rows
@@ -51,7 +51,7 @@ from pipeline.runtime.runlog import (
     start_metrics,
     step_line,
 )
-from pipeline.runtime.step import encode_chunk, prepare_step, run_step
+from pipeline.runtime.step import StepInputs, StepResult, encode_chunk, prepare_step, run_step
 from pipeline.settings import OptimSettings, Settings, dump_settings, load_settings
 
 log = logging.getLogger("train")
@@ -124,30 +124,8 @@ def run(settings: Settings, ranks: Ranks) -> None:
         )
 
         if ranks.is_first:
-            metrics = StepMetrics(
-                step=plan.step,
-                epoch=plan.epoch,
-                dataset=store.datasets[plan.dataset].name,
-                loss=result.loss,
-                grad_norm=norm,
-                lr=lr,
-                seconds=seconds,
-                queries=plan.num_queries,
-                queries_per_second=plan.num_queries / seconds,
-                tokens=inputs.num_tokens,
-                tokens_per_second=inputs.num_tokens / seconds,
-                memory_gib=peak_memory_gib(ranks.device),
-                chunks=inputs.num_chunks,
-                passes=result.num_passes,
-                examples_per_query=len(plan.example_row_E) / plan.num_queries,
-                examples_dropped=plan.num_examples_dropped,
-                passages=plan.num_passages,
-                passages_saved=share_saved(plan),
-                examples_missing=plan.num_examples_missing,
-                negatives_repeated=plan.num_candidates_repeated,
-                rows_revisited=plan.num_rows_revisited,
-                clipped=norm > settings.optim.clip_norm,
-            )
+            dataset = store.datasets[plan.dataset].name
+            metrics = step_metrics(plan, dataset, inputs, result, norm, lr, seconds, settings.optim.clip_norm, ranks)
             # The first steps are slow (allocation, compilation): the estimate forgets them.
             recent = [*recent[-19:], seconds]
             left = float(np.median(recent)) * (total_steps - state.step)
@@ -167,6 +145,44 @@ def run(settings: Settings, ranks: Ranks) -> None:
         save_model(out / "model", encoder, trainable, tokenizer, settings, store)
         plot_losses(out / "metrics.jsonl", out / "loss.png")
         log.info("done: %d steps, %s tokens; model in %s", state.step, f"{state.tokens_seen:,}", out / "model")
+
+
+def step_metrics(
+    plan: BatchPlan,
+    dataset: str,
+    inputs: StepInputs,
+    result: StepResult,
+    norm: float,
+    lr: float,
+    seconds: float,
+    clip_norm: float,
+    ranks: Ranks,
+) -> StepMetrics:
+    """One line of metrics.jsonl."""
+    return StepMetrics(
+        step=plan.step,
+        epoch=plan.epoch,
+        dataset=dataset,
+        loss=result.loss,
+        grad_norm=norm,
+        lr=lr,
+        seconds=seconds,
+        queries=plan.num_queries,
+        queries_per_second=plan.num_queries / seconds,
+        tokens=inputs.num_tokens,
+        tokens_per_second=inputs.num_tokens / seconds,
+        memory_gib=peak_memory_gib(ranks.device),
+        chunks=inputs.num_chunks,
+        passes=result.num_passes,
+        examples_per_query=len(plan.example_row_E) / plan.num_queries,
+        examples_dropped=plan.num_examples_dropped,
+        passages=plan.num_passages,
+        passages_saved=share_saved(plan),
+        examples_missing=plan.num_examples_missing,
+        negatives_repeated=plan.num_candidates_repeated,
+        rows_revisited=plan.num_rows_revisited,
+        clipped=norm > clip_norm,
+    )
 
 
 def learning_rate(optim: OptimSettings, step: int, total_steps: int) -> float:

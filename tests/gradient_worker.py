@@ -1,7 +1,9 @@
 """Gradients of one step, written to a file: run by test_gradients.py, through the launcher or (reference) plainly.
 
 python gradient_worker.py reference RECIPE OUT           one process, no DeepSpeed, no caching, sequences one by one
-deepspeed ... gradient_worker.py engine RECIPE OUT       every ZeRO stage and chunk budget, 1 or more ranks
+deepspeed ... gradient_worker.py engine RECIPE OUT STAGES   every chunk budget under each ZeRO stage
+python gradient_worker.py plain_steps RECIPE OUT         weights after three steps of torch's own AdamW
+deepspeed ... gradient_worker.py steps RECIPE OUT STAGES    weights after three steps of the engine
 """
 
 import sys
@@ -82,19 +84,32 @@ def run_reference(settings: Settings, out: str) -> None:
     save_file(gradients, out)
 
 
-def run_engine(settings: Settings, recipe: str, out: str, stages: str) -> None:
-    from deepspeed.utils import safe_get_full_grad
-
-    from pipeline.runtime.engine import build_engine, start_distributed
+def start_rank(settings: Settings):
+    """(this process's place, store, limits, plans) with the process group up."""
+    from pipeline.runtime.engine import start_distributed
     from pipeline.runtime.ranks import read_ranks, share_cores
-    from pipeline.runtime.step import prepare_step, run_step
 
     ranks = read_ranks()
     share_cores(ranks)
     start_distributed(ranks)
     store = open_store(settings.data.store)
-    limits = Limits.from_settings(settings.preprocess)
     plans = steps_of_interest(store, make_schedule(store, settings))
+    return ranks, store, Limits.from_settings(settings.preprocess), plans
+
+
+def leave() -> None:
+    """A rank that ends while another still holds connections to it may be aborted by gloo's threads."""
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def run_engine(settings: Settings, recipe: str, out: str, stages: str) -> None:
+    from deepspeed.utils import safe_get_full_grad
+
+    from pipeline.runtime.engine import build_engine
+    from pipeline.runtime.step import prepare_step, run_step
+
+    ranks, store, limits, plans = start_rank(settings)
     gradients = {}
     for stage in stages.split(","):
         encoder = build_encoder(settings, store.manifest.tokens)
@@ -116,15 +131,62 @@ def run_engine(settings: Settings, recipe: str, out: str, stages: str) -> None:
                 engine.zero_grad()
     if ranks.is_first:
         save_file(gradients, out)
-    # A rank that ends while another still holds connections to it may be aborted by gloo's threads.
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    leave()
+
+
+LEARNING_RATES = (1e-3, 3e-3, 5e-4)
+
+
+def run_plain_steps(settings: Settings, out: str) -> None:
+    """Three steps of torch's own AdamW and clipping on the reference gradients."""
+    store = open_store(settings.data.store)
+    limits = Limits.from_settings(settings.preprocess)
+    encoder = build_encoder(settings, store.manifest.tokens)
+    trained = trainable_parameters(encoder)
+    weights = {f"before|{name}": p.detach().clone() for name, p in trained.items()}
+    optimizer = torch.optim.AdamW(trained.values(), weight_decay=settings.optim.weight_decay)
+    plans = steps_of_interest(store, make_schedule(store, settings))
+    for lr, plan in zip(LEARNING_RATES, plans, strict=False):
+        optimizer.param_groups[0]["lr"] = lr
+        reference_loss(encoder, store, limits, plan, settings).backward()
+        assert torch.nn.utils.clip_grad_norm_(trained.values(), settings.optim.clip_norm) > settings.optim.clip_norm
+        optimizer.step()
+        optimizer.zero_grad()
+    save_file(weights | {f"after|{name}": p.detach() for name, p in trained.items()}, out)
+
+
+def run_steps(settings: Settings, recipe: str, out: str, stages: str) -> None:
+    from pipeline.runtime.engine import build_engine, read_state, take_step
+    from pipeline.runtime.step import prepare_step, run_step
+
+    ranks, store, limits, plans = start_rank(settings)
+    weights = {}
+    for stage in stages.split(","):
+        encoder = build_encoder(settings, store.manifest.tokens)
+        engine = build_engine(
+            encoder, settings.optim, settings.model.dtype, Path(recipe).parent / f"zero{stage}.json", ranks
+        )
+        for lr, plan in zip(LEARNING_RATES, plans, strict=False):
+            inputs = prepare_step(store, limits, plan, ranks, CHUNK_TOKENS["few"])
+            run_step(engine, inputs, settings.loss, ranks, settings.run.seed)
+            take_step(engine, lr)
+        weights |= {f"{stage}|{name}": parts["weight"] for name, parts in read_state(engine).items()}
+    if ranks.is_first:
+        save_file(weights, out)
+    leave()
 
 
 if __name__ == "__main__":
     arguments = [a for a in sys.argv[1:] if not a.startswith("--local_rank")]
-    loaded = load_settings(arguments[1], arguments[4:] if arguments[0] == "engine" else arguments[3:])
-    if arguments[0] == "reference":
-        run_reference(loaded, arguments[2])
+    mode, recipe, *rest = arguments
+    num_plain = 2 if mode in ("engine", "steps") else 1
+    plain, overrides = rest[:num_plain], rest[num_plain:]
+    settings = load_settings(recipe, overrides)
+    if mode == "reference":
+        run_reference(settings, *plain)
+    elif mode == "plain_steps":
+        run_plain_steps(settings, *plain)
+    elif mode == "steps":
+        run_steps(settings, recipe, *plain)
     else:
-        run_engine(loaded, *arguments[1:4])
+        run_engine(settings, recipe, *plain)

@@ -3,6 +3,7 @@
 import gzip
 import itertools
 import json
+from collections.abc import Sequence
 from importlib.metadata import files
 from pathlib import Path
 from typing import Any
@@ -101,3 +102,8 @@ def tiny_settings(folder: Path, tokenizer: str) -> dict[str, dict[str, Any]]:
             "chunk_tokens": 512,
         },
     }
+
+
+def cut_piece(ids: Sequence[int], limit: int, tail: Sequence[int]) -> list[int]:
+    """`ids`, or if longer than `limit` tokens its start followed by the separator that the next piece needs."""
+    return list(ids) if len(ids) <= limit else [*ids[: limit - len(tail)], *tail]

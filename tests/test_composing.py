@@ -7,7 +7,7 @@ import pytest
 from fake_store import INSTRUCT, QUERY, RESPONSE, TOKENS, make_settings, make_store, plain_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from samples import sample_rows
+from samples import cut_piece, sample_rows
 
 from pipeline.data.composing import (
     Limits,
@@ -18,7 +18,7 @@ from pipeline.data.composing import (
     sequence_ids,
 )
 from pipeline.data.sampling import make_schedule, plan_step
-from pipeline.data.tokenizing import cut_piece, load_tokenizer, tokenize_pieces
+from pipeline.data.tokenizing import load_tokenizer, tokenize_pieces
 from pipeline.datatypes import TASK_TYPES
 from pipeline.prompts import get_template, render_passage, render_query
 

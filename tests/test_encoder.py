@@ -4,17 +4,21 @@ import pytest
 import torch
 from transformers import (
     AutoModel,
+    BloomConfig,
     Gemma2Config,
     Gemma3TextConfig,
     GemmaConfig,
+    GptOssConfig,
+    Llama4TextConfig,
     LlamaConfig,
     MistralConfig,
+    Phi3Config,
     PretrainedConfig,
     Qwen2Config,
     Qwen3Config,
 )
 
-from pipeline.model.encoder import MarkerEmbedding, add_lora, load_encoder, trainable_parameters
+from pipeline.model.encoder import MarkerEmbedding, add_lora, load_encoder, require_rows, trainable_parameters
 from pipeline.settings import LoraSettings, ModelSettings
 
 SMALL = {
@@ -152,6 +156,52 @@ def test_absent_kernel_is_an_error_not_a_fallback(tmp_path):
     for kernel in ("flash_attn", "torch_varlen"):
         with pytest.raises(ValueError, match=f"attention_kernel={kernel} cannot run"):
             load_encoder(ModelSettings(name=name, attention_kernel=kernel), (), ())
+
+
+REFUSED = {
+    "its attention is not exchangeable": BloomConfig(hidden_size=32, n_layer=1, n_head=4, vocab_size=100),
+    "attends within chunks of its own": Llama4TextConfig(**SMALL, head_dim=8, num_local_experts=2),
+    "attention dropout 0.1 is not supported": LlamaConfig(**SMALL, attention_dropout=0.1),
+}
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_decoders_that_would_ignore_packing_are_refused(message, tmp_path):
+    REFUSED[message].save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"cannot be packed: .*{message}"):
+        load_encoder(ModelSettings(name=str(tmp_path)), (), ())
+
+
+def test_attention_sinks_are_refused(tmp_path):
+    name = make_model(GptOssConfig(**SMALL, head_dim=8, num_local_experts=2), tmp_path)
+    encoder = load_encoder(ModelSettings(name=name, dtype="fp32"), (), ())
+    with pytest.raises(ValueError, match="attention sinks"):
+        encoder(torch.arange(sum(LENGTHS)), *pack(LENGTHS), max(LENGTHS))
+
+
+def test_lora_on_some_of_the_projections_is_refused(tmp_path):
+    name = make_model(Phi3Config(**SMALL, pad_token_id=0), tmp_path)
+    encoder = load_encoder(ModelSettings(name=name), (), ())
+    with pytest.raises(ValueError, match="no modules q_proj, k_proj, v_proj, gate_proj, up_proj: LoRA needs"):
+        add_lora(encoder, LoraSettings())
+
+
+def test_a_tokenizer_larger_than_the_table_is_refused(tmp_path):
+    encoder = load_encoder(ModelSettings(name=make_model(FAMILIES["llama"], tmp_path)), (100,), ((1, 2),))
+    require_rows(encoder, 99)
+    with pytest.raises(ValueError, match="emits ids up to 100, the model's embedding table has 100 rows"):
+        require_rows(encoder, 100)
+
+
+def test_a_failed_call_leaves_nothing_behind(tmp_path):
+    encoder = load_encoder(ModelSettings(name=make_model(FAMILIES["llama"], tmp_path), dtype="fp32"), (), ())
+    inputs = (torch.arange(sum(LENGTHS)), *pack(LENGTHS), max(LENGTHS))
+    truth = encoder(*inputs)
+    hook = encoder.decoder.layers[-1].register_forward_pre_hook(lambda *args: 1 / 0)  # after ours, before the norm
+    with pytest.raises(ZeroDivisionError):
+        encoder(torch.arange(20, 20 + sum(LENGTHS)), *pack(LENGTHS), max(LENGTHS))
+    hook.remove()
+    assert torch.equal(encoder(*inputs), truth)
 
 
 def test_unknown_model_is_named(tmp_path):

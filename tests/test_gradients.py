@@ -12,6 +12,7 @@ from launching import REPOSITORY, launch, require_success, run_python
 from safetensors.torch import load_file
 
 from pipeline.preprocess import main as preprocess
+from pipeline.runtime.engine import _backward_fp32_sums
 
 WORKER = REPOSITORY / "tests" / "gradient_worker.py"
 
@@ -55,7 +56,7 @@ def test_every_zero_stage_and_chunk_count_gives_the_reference_gradient(world_siz
 
 
 def test_bf16_with_activation_checkpointing_stays_near_the_fp32_reference(recipe, reference, tmp_path):
-    """What the recipes run. Gradients of many chunks are summed in fp32, so more chunks must not mean more error."""
+    """What the recipes run, through the engine."""
     out = tmp_path / "gradients.safetensors"
     overrides = ["model.dtype=bf16", "model.activation_checkpointing=true"]
     require_success(launch(WORKER, ["engine", str(recipe), str(out), "0,1,2,3", *overrides], 2))
@@ -68,6 +69,31 @@ def test_bf16_with_activation_checkpointing_stays_near_the_fp32_reference(recipe
         assert error <= 0.1, f"{key}: relative error {error:.1e}"
         worst = max(worst, error)
     assert worst > 1e-4, "this was fp32"
+
+
+def test_bf16_gradients_of_many_chunks_are_summed_in_fp32():
+    """In bf16 a sum of ones stops at 256."""
+    parameter = torch.nn.Parameter(torch.ones(2, dtype=torch.bfloat16))
+    sums = {}
+    for i in range(400):
+        _backward_fp32_sums([parameter], sums, parameter * 1, torch.ones_like(parameter), i == 399)
+    assert parameter.grad.tolist() == [400.0, 400.0]
+
+
+def test_optimizer_steps_equal_plain_adamw(recipe, tmp_path):
+    """Learning rate, clipping and weight decay reach the optimizer under every stage."""
+    out, truth = tmp_path / "engine.safetensors", tmp_path / "plain.safetensors"
+    overrides = ["optim.weight_decay=0.1", "optim.clip_norm=0.01"]
+    require_success(run_python(WORKER, ["plain_steps", str(recipe), str(truth), *overrides]))
+    require_success(launch(WORKER, ["steps", str(recipe), str(out), "0,1,2,3", *overrides], 2))
+    plain = load_file(truth)
+    weights = load_file(out)
+    assert len(weights) == 4 * sum(key.startswith("after|") for key in plain)
+    for key, value in weights.items():
+        name = key.split("|")[1]
+        moved = plain[f"after|{name}"] - plain[f"before|{name}"]
+        assert moved.norm() > 0, name
+        assert (value - plain[f"after|{name}"]).norm() <= 1e-3 * moved.norm(), key
 
 
 def test_with_dropout_stages_agree_and_a_stage_repeats_bit_for_bit(recipe, reference, tmp_path):

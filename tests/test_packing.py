@@ -89,7 +89,7 @@ def test_packed_chunk_gives_every_sequence_back(sequences: list[list[int]]) -> N
 
 
 def test_an_empty_chunk_holds_one_dummy_token() -> None:
-    chunk = pack_chunk(np.array([], dtype=np.int64), [], dummy_id=7)
-    assert chunk.input_ids_T.tolist() == [7] and chunk.position_ids_T.tolist() == [0]
+    chunk = pack_chunk(np.array([], dtype=np.int64), [])
+    assert chunk.input_ids_T.tolist() == [0] and chunk.position_ids_T.tolist() == [0]
     assert chunk.cu_seqlens.tolist() == [0, 1] and chunk.sequence_S.tolist() == [-1] and chunk.max_seqlen == 1
     assert chunk.num_tokens == 0

@@ -94,7 +94,8 @@ def test_types_and_shapes_of_a_plan_do_not_change_with_its_content() -> None:
     store = mixed_store()
     for mode in ("in_batch", "pool", "fixed", "none"):
         for distinct in (True, False):
-            schedule = make_schedule(store, make_settings(store, mode=mode, distinct_passages=distinct))
+            schedule = make_schedule(store, make_settings(store, mode=mode))
+            schedule = replace(schedule, distinct_passages=distinct)
             for step in range(schedule.steps_per_epoch):
                 plan = plan_step(store, schedule, step)
                 sizes = {"B": plan.num_queries, "E": int(plan.example_offsets[-1]), "P": plan.num_passages}
@@ -306,9 +307,8 @@ def shared_store(task_type: str) -> Any:
 @pytest.mark.parametrize("task_type", ["normal", "symmetric_class", "symmetric_sts", "symmetric_clustering"])
 def test_distinct_passages_hold_the_same_candidates_as_the_repeated_twin(task_type: str) -> None:
     store = shared_store(task_type)
-    once, twin = (
-        plan_step(store, make_schedule(store, make_settings(store, distinct_passages=d)), 1) for d in (True, False)
-    )
+    schedule = make_schedule(store, make_settings(store))
+    once, twin = (plan_step(store, replace(schedule, distinct_passages=d), 1) for d in (True, False))
     assert same(once, twin, skip=("candidate_C", "passage_text_P", "passage_instruction_P"))
     for name in ("passage_text_P", "passage_instruction_P"):
         assert np.array_equal(getattr(once, name)[once.candidate_C], getattr(twin, name)[twin.candidate_C])

@@ -111,6 +111,12 @@ def test_overrides_keep_their_neighbours(recipe: Path) -> None:
         (["run.seed=[1"], "not valid YAML"),
         (["preprocess.template=bge"], "preprocess.template='bge' is unknown; known templates: bge_en_icl"),
         (["run.chunk_tokens=2047"], "run.chunk_tokens=2047 cannot hold one sequence"),
+        (
+            ["batch.examples.max_examples=0", "preprocess.max_prompt_tokens=64", "run.chunk_tokens=511"],
+            "run.chunk_tokens=511 cannot hold one sequence",
+        ),
+        (["run.seed=-1"], "run.seed=-1 must be 0 or more"),
+        (["model.lora.alpha=0"], "model.lora.alpha=0 must be above 0"),
         (["preprocess.max_prompt_tokens=512"], "leaves no room for an example"),
         (["run.output_dir="], "run.output_dir"),
         (["model.name=''"], "model.name is not set"),

@@ -1,5 +1,6 @@
 """A store read back against the raw rows and direct tokenisation; damage and mismatch are refused."""
 
+import dataclasses
 import json
 import shutil
 from functools import lru_cache
@@ -7,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from samples import TYPES, tiny_rows
+from samples import TYPES, cut_piece, tiny_rows
 
 from pipeline.data.pieces import KINDS
 from pipeline.data.store import (
@@ -19,7 +20,7 @@ from pipeline.data.store import (
     require_match,
     verify_shards,
 )
-from pipeline.data.tokenizing import PromptTokenizer, cut_piece, load_tokenizer, tokenize_pieces
+from pipeline.data.tokenizing import PromptTokenizer, load_tokenizer, tokenize_pieces
 from pipeline.prompts import get_template
 from pipeline.settings import Settings, load_settings
 
@@ -269,6 +270,7 @@ def test_matching_settings_are_accepted(store: TokenStore, tiny_store: tuple[Pat
         ("preprocess.max_example_query_tokens=47", "max_example_query_tokens: store 48, recipe 47"),
         ("preprocess.max_example_passage_tokens=63", "max_example_passage_tokens: store 64, recipe 63"),
         ("preprocess.max_prompt_tokens=255", "max_prompt_tokens: store 256, recipe 255"),
+        ("preprocess.bucket_edges=[7]", "preprocess.bucket_edges: store .*, recipe .7,"),
         ("preprocess.template=instruct_query", "template: store bge_en_icl-.*, recipe instruct_query-"),
     ],
 )
@@ -278,6 +280,14 @@ def test_other_settings_are_refused(
     settings = load_settings(tiny_store[0], [override])
     with pytest.raises(ValueError, match=f"(?s){message}.*--overwrite"):
         require_match(store, settings, store.manifest.fingerprint)
+
+
+def test_another_instruction_is_refused(store: TokenStore, tiny_store: tuple[Path, Path]) -> None:
+    settings = settings_of(tiny_store[0])
+    datasets = tuple(dataclasses.replace(d, instruction="Something else.") for d in settings.data.datasets)
+    changed = dataclasses.replace(settings, data=dataclasses.replace(settings.data, datasets=datasets))
+    with pytest.raises(ValueError, match="instruction of dataset .*: store .*, recipe Something else"):
+        require_match(store, changed, store.manifest.fingerprint)
 
 
 def test_another_tokenizer_is_refused(store: TokenStore, tiny_store: tuple[Path, Path]) -> None:

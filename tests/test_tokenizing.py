@@ -15,7 +15,6 @@ from tokenizers import Tokenizer
 from pipeline.data.pieces import KINDS, derive_pieces, encode_pieces, plain_tokenizer
 from pipeline.data.tokenizing import (
     PromptTokenizer,
-    cut_piece,
     load_tokenizer,
     tokenize_pieces,
     tokens_from_json,
@@ -255,14 +254,6 @@ def test_tails_end_the_pieces(load: Load) -> None:
                 ids = tokenize_pieces(pt, ["word"], kind)[0]
                 assert tuple(ids[len(ids) - len(tail) :]) == tail
                 assert bool(tail) == (kind != "passage" or template.endswith("passage_prompt"))
-
-
-def test_cut_piece_keeps_the_separator() -> None:
-    assert cut_piece([1, 2, 3, 9], 4, (9,)) == [1, 2, 3, 9]
-    assert cut_piece([1, 2, 3, 9], 3, (9,)) == [1, 2, 9]
-    assert cut_piece([1, 2, 3], 2, ()) == [1, 2]
-    with pytest.raises(ValueError, match="no room"):
-        cut_piece([1, 2, 3], 1, (9,))
 
 
 def test_prompt_tokens_survive_json(load: Load) -> None:

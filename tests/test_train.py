@@ -10,6 +10,7 @@ import torch
 from launching import REPOSITORY, environment, launch, require_success, run_python
 from safetensors.torch import load_file
 
+from pipeline.data.store import read_manifest
 from pipeline.preprocess import main as preprocess
 from pipeline.runtime.checkpoint import TrainState, find_checkpoint, save_checkpoint
 from pipeline.runtime.engine import read_deepspeed_json
@@ -108,6 +109,28 @@ def test_damaged_newest_checkpoint_is_named_and_the_one_before_taken(recipe, who
     assert losses(out) == losses(whole_run[0])
 
 
+def test_without_a_whole_checkpoint_nothing_starts_over(tmp_path):
+    folder = tmp_path / "checkpoints"
+    (folder / "step-000003-backup").mkdir(parents=True)
+    assert find_checkpoint(folder) is None, "not a name that save_checkpoint gives"
+    (folder / "step-000003").mkdir()
+    with pytest.raises(ValueError, match="every checkpoint in .* is damaged; restore one, or remove the folder"):
+        find_checkpoint(folder)
+
+
+def test_what_only_another_rank_sees_is_told(recipe, tmp_path):
+    """Each rank reads its share of the store: here only the second one meets the damage."""
+    store = tmp_path / "store"
+    shutil.copytree(load_settings(recipe).data.store, store)
+    shard = store / read_manifest(store).files[1].name
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    result = train(recipe, tmp_path / "out", f"data.store={store}")
+    assert result.returncode != 0 and "Traceback" not in result.stderr
+    assert f"error: rank 1: token store {store}: {shard.name} has sha256" in result.stderr
+
+
 def one_error(result):
     errors = [line for line in result.stderr.splitlines() if "error: " in line]
     assert result.returncode != 0 and len(errors) == 1, result.stderr[-3000:]
@@ -120,6 +143,7 @@ def one_error(result):
     [
         ("optim.lr=0.5", "was saved with optim.lr="),
         ("run.chunk_tokens=10", "run.chunk_tokens=10 cannot hold one sequence"),
+        ("preprocess.bucket_edges=[7]", "was made with other settings"),
         ("preprocess.max_query_tokens=40", "was made with other settings"),
     ],
 )
@@ -138,6 +162,12 @@ def test_bad_input_under_the_launcher_is_said_once(recipe, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_loss_that_is_not_finite_ends_the_run_with_the_batch_and_a_remedy(recipe, tmp_path):
+    result = run_python(TRAIN, ["--config", str(recipe), *COMMON, f"run.output_dir={tmp_path}", "optim.lr=1.0e+36"])
+    error = one_error(result)
+    assert "loss is nan at step 1 (dataset " in error and "lower optim.lr" in error
+
+
 def test_deepspeed_json_may_not_set_what_the_recipe_owns(tmp_path):
     clash = tmp_path / "clash.json"
     clash.write_text(json.dumps({"zero_optimization": {"stage": 3}, "gradient_clipping": 1.0}))
@@ -145,6 +175,10 @@ def test_deepspeed_json_may_not_set_what_the_recipe_owns(tmp_path):
         read_deepspeed_json(clash)
     with pytest.raises(ValueError, match="no such file"):
         read_deepspeed_json(tmp_path / "nothing.json")
+    for content, message in ((b"[]", "must hold a JSON object, not list"), (b"\xff", "not valid JSON")):
+        clash.write_bytes(content)
+        with pytest.raises(ValueError, match=message):
+            read_deepspeed_json(clash)
     for config in sorted((REPOSITORY / "ds_configs").glob("*.json")):
         assert "zero_optimization" in read_deepspeed_json(config)
 

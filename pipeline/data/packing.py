@@ -74,17 +74,16 @@ def _snake(bins: list[list[int]], loads: list[int], world_size: int) -> list[lis
     return ranks
 
 
-def pack_chunk(sequence_S: np.ndarray, ids: Sequence[np.ndarray], dummy_id: int = 0) -> PackedChunk:
+def pack_chunk(sequence_S: np.ndarray, ids: Sequence[np.ndarray]) -> PackedChunk:
     """Put sequences end to end: one row of T real tokens, positions restarting at 0, no padding.
 
     Args:
         sequence_S: numbers of the sequences within the step; empty gives the chunk of one dummy token.
         ids: token ids of each, in the same order, at least one token each.
-        dummy_id: any valid token id.
     """
     assert len(sequence_S) == len(ids)
     if len(ids) == 0:
-        sequence_S, ids = np.array([-1]), [np.array([dummy_id])]
+        sequence_S, ids = np.array([-1]), [np.array([0])]
     length_S = np.array([len(i) for i in ids], dtype=np.int64)
     assert length_S.min() >= 1
     cu_seqlens = np.zeros(len(ids) + 1, dtype=np.int32)

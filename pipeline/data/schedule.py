@@ -56,7 +56,7 @@ class Schedule:
     limits: Limits
     examples: ExampleSettings
     fill_groups: bool
-    distinct_passages: bool
+    distinct_passages: bool = True  # False: every copy is encoded, the twin that tests and benchmarks compare with
 
     @property
     def steps_per_epoch(self) -> int:
@@ -90,7 +90,6 @@ def make_schedule(store: TokenStore, settings: Settings) -> Schedule:
         limits=limits,
         examples=batch.examples,
         fill_groups=batch.fill_groups,
-        distinct_passages=settings.run.distinct_passages,
     )
 
 

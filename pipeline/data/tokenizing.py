@@ -128,15 +128,6 @@ def tokenize_pieces(pt: PromptTokenizer, texts: Sequence[str], kind: str) -> lis
     return pieces
 
 
-def cut_piece(ids: Sequence[int], limit: int, tail: Sequence[int]) -> list[int]:
-    """`ids`, or if longer than `limit` tokens its start followed by the separator that the next piece needs."""
-    if len(ids) <= limit:
-        return list(ids)
-    if limit <= len(tail):
-        raise ValueError(f"a limit of {limit} tokens has no room for text beside a separator of {len(tail)}")
-    return [*ids[: limit - len(tail)], *tail]
-
-
 def tokens_to_json(tokens: PromptTokens) -> dict[str, Any]:
     """Plain lists for the manifest."""
     return json.loads(json.dumps(asdict(tokens)))

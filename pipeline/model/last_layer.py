@@ -1,7 +1,7 @@
 """The last layer for last tokens only: last-token pooling reads nothing else of its output. Exact, both ways.
 
 Its keys and values need every token; what follows attention (residual, norms, MLP: about 80 % of the layer's
-arithmetic) does not. That is 1/30 of the whole model's work at 32 layers, 1/8 at six. Hooks do it, so the layer's code
+arithmetic) does not. That is 1/40 of the whole model's work at 32 layers, 1/8 at six. Hooks do it, so the layer's code
 stays that of transformers: the layer is entered with the last tokens' rows, its first norm is given all rows back, and
 of what attention returns only those rows go on.
 """

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pipeline.model.encoder import trainable_parameters
 from pipeline.runtime.ranks import Ranks
 from pipeline.settings import OptimSettings
 
@@ -171,7 +172,7 @@ def read_state(engine: deepspeed.DeepSpeedEngine) -> dict[str, dict[str, Tensor]
     Every rank must call this: under ZeRO the pieces come from all of them.
     """
     state: dict[str, dict[str, Tensor]] = {}
-    for name, p in _trainable(engine):
+    for name, p in trainable_parameters(engine.module).items():
         if engine.zero_optimization_stage() == 0:
             master = _master(engine, p)
             parts = {"weight": master.data} | {key: _torch_optimizer(engine).state[master][key] for key in MOMENTS}
@@ -192,7 +193,7 @@ def write_state(
     master only: the copy that the forward pass reads is written here too, or the next step would use old weights.
     """
     stage = engine.zero_optimization_stage()
-    for name, p in _trainable(engine):
+    for name, p in trainable_parameters(engine.module).items():
         parts = {key: value.to(ranks.device) for key, value in state[name].items()}
         if stage == 0:
             master = _master(engine, p)
@@ -213,10 +214,6 @@ def write_state(
                 p.data.copy_(parts["weight"])
     for slot in _torch_optimizer(engine).state.values():
         slot["step"] = torch.full_like(torch.as_tensor(slot["step"]), float(num_steps))
-
-
-def _trainable(engine: deepspeed.DeepSpeedEngine) -> list[tuple[str, nn.Parameter]]:
-    return [(name, p) for name, p in engine.module.named_parameters() if p.requires_grad]
 
 
 def _shape(p: nn.Parameter) -> torch.Size:
