@@ -42,13 +42,14 @@ setup(
         "mteb>=2.20",
     ],
     extras_require={
-        "gpu": ["flash-attn"],  # optional even there: attention falls back on torch's own; triton comes with torch
+        "gpu": ["flash-attn"],  # optional even there: `auto` takes torch's own; triton comes with torch's CUDA builds
         "mpi": ["mpich"],  # an MPI without system packages
         "tracking": ["tensorboard", "wandb"],
         "quickstart": ["gguf"],  # reads the base model of examples/quickstart
         "dev": [
             "pytest",
             "pytest-xdist",
+            "triton; platform_system == 'Linux'",  # its interpreter and compiler need no GPU
             "hypothesis",
             "ruff",
             "mypy",

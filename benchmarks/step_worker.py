@@ -82,9 +82,7 @@ def run_uncached(encoder: torch.nn.Module, inputs: StepInputs, settings: Setting
     local_SD = torch.cat(with_graph)
     all_SD = gather_embeddings(local_SD.detach(), inputs.sequences_of_rank, ranks).requires_grad_()
     query_BD, passage_PD = all_SD[inputs.rows], all_SD[inputs.plan.num_queries :]
-    share = contrastive_loss(
-        query_BD, passage_PD, inputs.targets, settings.loss.temperature, settings.loss.distillation_weight
-    )
+    share = contrastive_loss(query_BD, passage_PD, inputs.targets, settings.loss)
     share.backward()
     assert all_SD.grad is not None
     dist.all_reduce(all_SD.grad)
@@ -114,7 +112,7 @@ def main(recipe: str, out: str, mode: str, overrides: list[str]) -> None:
         for plan in first_plans(store, schedule):
             inputs = prepare_step(store, limits, plan, ranks, settings.run.chunk_tokens)
             record, started = step_record(store, plan, inputs, limits, ranks), time.perf_counter()
-            result = run_step(engine, inputs, settings.loss, ranks, settings.run.seed)
+            result = run_step(engine, inputs, settings, ranks)
             norm = take_step(engine, settings.optim.lr)
             record |= {"loss": result.loss, "grad_norm": norm, "passes": result.num_passes}
             record |= {"seconds": time.perf_counter() - started, "finite": math.isfinite(result.loss + norm)}
@@ -128,7 +126,7 @@ def main(recipe: str, out: str, mode: str, overrides: list[str]) -> None:
             for arm, twin in [*twins.items(), *twins.items()]:
                 inputs = prepare_step(store, limits, twin, ranks, settings.run.chunk_tokens)
                 started = cpu_seconds()
-                result = run_step(engine, inputs, settings.loss, ranks, settings.run.seed)
+                result = run_step(engine, inputs, settings, ranks)
                 record[f"cpu_seconds_{arm}"] = sum(gather_values(cpu_seconds() - started, ranks))
                 record[f"loss_{arm}"] = result.loss
                 take_step(engine, 0.0)
@@ -142,7 +140,7 @@ def main(recipe: str, out: str, mode: str, overrides: list[str]) -> None:
         if engine is None:
             result = run_uncached(encoder, inputs, settings, ranks)
         else:
-            result = run_step(engine, inputs, settings.loss, ranks, settings.run.seed)
+            result = run_step(engine, inputs, settings, ranks)
         peak = max(gather_values(memory_mib("VmHWM") - before, ranks))
         embeddings = plan.num_sequences * encoder.decoder.config.hidden_size * 4 / 2**20
         records.append(record | {"peak_mib": peak, "embeddings_mib": embeddings, "loss": result.loss})

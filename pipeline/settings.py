@@ -49,6 +49,7 @@ class ModelSettings:
     pooling: Literal["last", "mean"] = "last"
     dtype: Literal["bf16", "fp32"] = "bf16"
     attention_kernel: Literal["auto", "flash_attn", "torch_varlen", "sdpa"] = "auto"
+    embed_kernels: Literal["auto", "triton", "torch"] = "auto"  # last-token gather, similarity matrix
     activation_checkpointing: bool = False
     lora: LoraSettings = field(default_factory=LoraSettings)
 
@@ -120,7 +121,8 @@ class LossSettings:
     """InfoNCE (paper, section 3.2) and distillation from the rows' teacher scores."""
 
     temperature: float = 0.02
-    distillation_weight: float = 1.0  # of the KL term, for rows with scores
+    distillation: Literal["kl_div", "m3_kd"] = "kl_div"
+    distillation_weight: float = 1.0  # for rows with scores
 
 
 @dataclass(frozen=True)

@@ -108,7 +108,7 @@ def run(settings: Settings, ranks: Ranks) -> None:
         lr = learning_rate(settings.optim, state.step, total_steps)
         plan = plan_step(store, schedule, state.step)
         inputs = prepare_step(store, limits, plan, ranks, settings.run.chunk_tokens)
-        result = run_step(engine, inputs, settings.loss, ranks, settings.run.seed)
+        result = run_step(engine, inputs, settings, ranks)
         where = f"step {state.step} (dataset {store.datasets[plan.dataset].name}, rows {plan.row_B[:8].tolist()}...)"
         if not math.isfinite(result.loss):
             raise FloatingPointError(f"loss is {result.loss} at {where}; no optimizer step was taken; {REMEDY}")

@@ -121,7 +121,7 @@ def run_engine(settings: Settings, recipe: str, out: str, stages: str) -> None:
             for budget, chunk_tokens in CHUNK_TOKENS.items():
                 budget_of_rank = chunk_tokens // ranks.world_size if budget == "few" else chunk_tokens
                 inputs = prepare_step(store, limits, plan, ranks, budget_of_rank)
-                result = run_step(engine, inputs, settings.loss, ranks, settings.run.seed)
+                result = run_step(engine, inputs, settings, ranks)
                 key = f"{stage}|{budget}|{plan.task_type}"
                 gradients[f"{key}|loss"] = torch.tensor([result.loss])
                 gradients[f"{key}|chunks"] = torch.tensor([inputs.num_chunks])
@@ -168,7 +168,7 @@ def run_steps(settings: Settings, recipe: str, out: str, stages: str) -> None:
         )
         for lr, plan in zip(LEARNING_RATES, plans, strict=False):
             inputs = prepare_step(store, limits, plan, ranks, CHUNK_TOKENS["few"])
-            run_step(engine, inputs, settings.loss, ranks, settings.run.seed)
+            run_step(engine, inputs, settings, ranks)
             take_step(engine, lr)
         weights |= {f"{stage}|{name}": parts["weight"] for name, parts in read_state(engine).items()}
     if ranks.is_first:

@@ -6,11 +6,12 @@ import torch
 
 from embed_kernels import gather_last_token
 from pipeline.model.loss import LossTargets, contrastive_loss
+from pipeline.settings import LossSettings
 
 TEMPERATURE = 0.05
 
 
-def dense_loss(query_BD, passage_PD, groups, text_P, scores, in_batch, weight):
+def dense_loss(query_BD, passage_PD, groups, text_P, scores, in_batch, weight, kind="kl_div"):
     """One row at a time, candidates repeated as often as rows hold them."""
     losses, divergences = [], []
     for b, group in enumerate(groups):
@@ -20,11 +21,26 @@ def dense_loss(query_BD, passage_PD, groups, text_P, scores, in_batch, weight):
         kept += [p for p in others if text_P[p] != text_P[positive]]
         logits = torch.stack([query_BD[b] @ passage_PD[p] for p in kept]) / TEMPERATURE
         losses.append(torch.logsumexp(logits, 0) - logits[0])
-        if scores[b] is not None:
+        if scores[b] is not None and kind == "m3_kd":
+            divergences.append(dense_m3_kd(query_BD[b], passage_PD, group, others, text_P, scores[b]))
+        elif scores[b] is not None:
             student = torch.log_softmax(torch.stack([query_BD[b] @ passage_PD[p] for p in group]) / TEMPERATURE, 0)
             divergences.append(-(torch.softmax(torch.tensor(scores[b]), 0) * student).sum())
     total = torch.stack(losses).mean()
     return total + weight * torch.stack(divergences).mean() if divergences and weight else total
+
+
+def dense_m3_kd(query_D, passage_PD, group, others, text_P, scores):
+    """One contrastive loss for each candidate of the group, against the rest of the batch and the group behind it."""
+    first = [g for g, p in enumerate(group) if g == 0 or text_P[p] != text_P[group[0]]]
+    teacher = torch.softmax(torch.tensor([scores[g] for g in first], dtype=torch.float64), 0)
+    others = [p for p in others if text_P[p] != text_P[group[0]]]
+    total = torch.zeros((), dtype=torch.float64)
+    for i in range(len(first)):
+        kept = [group[g] for g in first[i:]] + others
+        logits = torch.stack([query_D @ passage_PD[p] for p in kept]) / TEMPERATURE
+        total = total + teacher[i] * torch.nn.functional.cross_entropy(logits[None], torch.tensor([0]))
+    return total
 
 
 def targets_of(groups, text_P, scores, in_batch, rows):
@@ -33,17 +49,18 @@ def targets_of(groups, text_P, scores, in_batch, rows):
     nan = float("nan")
     score_C = [s for b, g in list(enumerate(groups))[rows] for s in (scores[b] or [nan] * len(g))]
     lengths = [len(group) for group in mine]
-    copies_P = torch.from_numpy(np.bincount(flat, minlength=len(text_P)))
+    copies_P = torch.from_numpy(np.bincount(flat, minlength=len(text_P))).int()
     return LossTargets(
-        candidate_C=torch.tensor([p for group in mine for p in group], dtype=torch.int64),
+        candidate_C=torch.tensor([p for group in mine for p in group], dtype=torch.int32),
         row_C=torch.repeat_interleave(torch.arange(len(mine)), torch.tensor(lengths, dtype=torch.int64)),
-        group_offsets=torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int64),
-        positive_text_B=torch.tensor([text_P[group[0]] for group in mine], dtype=torch.int64),
-        text_P=torch.tensor(text_P),
+        group_offsets=torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32),
+        positive_text_B=torch.tensor([text_P[group[0]] for group in mine], dtype=torch.int32),
+        text_P=torch.tensor(text_P, dtype=torch.int32),
         copies_P=copies_P if in_batch else None,
         teacher_score_C=torch.tensor(score_C, dtype=torch.float64),
         num_rows=len(groups),
         num_scored_rows=sum(s is not None for s in scores),
+        longest_group=max(lengths, default=0),
     )
 
 
@@ -62,17 +79,17 @@ def embeddings():
 
 
 @pytest.mark.parametrize("in_batch", [True, False])
-@pytest.mark.parametrize("weight", [0.0, 0.7])
+@pytest.mark.parametrize(("kind", "weight"), [("kl_div", 0.0), ("kl_div", 0.7), ("m3_kd", 0.7)])
 @pytest.mark.parametrize("cuts", [(0, 6), (0, 2, 6), (0, 0, 5, 6)])
-def test_equals_the_dense_formula_in_value_and_gradient(in_batch, weight, cuts):
+def test_equals_the_dense_formula_in_value_and_gradient(in_batch, kind, weight, cuts):
     query_BD, passage_PD = embeddings()
-    expected = dense_loss(query_BD, passage_PD, GROUPS, TEXT_P, SCORES, in_batch, weight)
+    expected = dense_loss(query_BD, passage_PD, GROUPS, TEXT_P, SCORES, in_batch, weight, kind)
     truth = torch.autograd.grad(expected, (query_BD, passage_PD))
     shares, sums = [], [torch.zeros_like(query_BD), torch.zeros_like(passage_PD)]
     for first, last in zip(cuts[:-1], cuts[1:], strict=True):
         rows = slice(first, last)
         targets = targets_of(GROUPS, TEXT_P, SCORES, in_batch, rows)
-        share = contrastive_loss(query_BD[rows], passage_PD, targets, TEMPERATURE, weight)
+        share = contrastive_loss(query_BD[rows], passage_PD, targets, LossSettings(TEMPERATURE, kind, weight))
         shares.append(share.detach())
         for total, part in zip(sums, torch.autograd.grad(share, (query_BD, passage_PD)), strict=True):
             total += part
@@ -84,7 +101,7 @@ def test_equals_the_dense_formula_in_value_and_gradient(in_batch, weight, cuts):
 def test_a_batch_of_nothing_but_the_positive_has_no_loss_and_no_nan():
     query_BD, passage_PD = embeddings()
     targets = targets_of([[0], [0]], TEXT_P, [None, None], True, slice(0, 2))
-    loss = contrastive_loss(query_BD[:2], passage_PD, targets, TEMPERATURE, 1.0)
+    loss = contrastive_loss(query_BD[:2], passage_PD, targets, LossSettings(TEMPERATURE))
     gradients = torch.autograd.grad(loss, (query_BD, passage_PD))
     assert loss.item() == 0.0
     assert all(torch.equal(g, torch.zeros_like(g)) for g in gradients)

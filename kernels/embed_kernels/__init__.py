@@ -1,5 +1,5 @@
-"""Fused embedding kernels and their plain PyTorch twins."""
+"""Fused embedding kernels in Triton, each with a plain PyTorch twin in `reference`."""
 
-from embed_kernels.reference import gather_last_token, similarity
+from embed_kernels.dispatch import Impl, gather_last_token, gather_similarity, similarity
 
-__all__ = ["gather_last_token", "similarity"]
+__all__ = ["Impl", "gather_last_token", "gather_similarity", "similarity"]

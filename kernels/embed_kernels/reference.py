@@ -25,39 +25,39 @@ def similarity(
     query_BD: Tensor,
     passage_PD: Tensor,
     candidate_C: Tensor,
-    row_C: Tensor,
-    scale: float,
+    group_offsets: Tensor,
+    scale: float | Tensor,
     copies_P: Tensor | None,
-    exclude_key_B: Tensor,
-    key_P: Tensor,
+    exclude_keys: tuple[Tensor, Tensor] | None = None,
+    require_keys: tuple[Tensor, Tensor] | None = None,
+    threshold_B: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Own-group logits, and the log-sum-exp over everybody else's candidates: all that contrastive losses need.
+    """Own-group logits and the log-sum-exp of the rest, as `embed_kernels.similarity` describes; holds B x P matrices.
 
-    A passage that several rows hold as a candidate is one row of `passage_PD` but counts once per copy, as if it had
-    been repeated: a copy outside the row's own group adds exp(logit) once.
-
-    Args:
-        query_BD, passage_PD: embeddings, fp32. The rows may be one rank's slice; the passages are the whole step's.
-        candidate_C, row_C: the rows' own candidates as indices into the passages, and the row each belongs to.
-        scale: 1 / temperature.
-        copies_P: over all rows of all ranks, how many candidates are a copy of passage p; None where in-batch and
-            cross-device candidates take no part, which makes the second result -inf.
-        exclude_key_B, key_P: passages whose key equals the row's are left out of the row's second result. With text
-            ids as keys these are the duplicates of the row's positive.
-
-    Returns:
-        logits_C (scaled similarities of the own groups) and rest_lse_B (natural log; -inf where nothing is left).
+    Inputs below fp32 are widened first, so logits are fp32 (fp64 for fp64).
     """
-    scores_BP = (query_BD @ passage_PD.T) * scale
-    logits_C = scores_BP[row_C, candidate_C]
+    wide = torch.promote_types(query_BD.dtype, torch.float32)
+    query_BD, passage_PD = query_BD.to(wide), passage_PD.to(wide)
+    row_C = torch.repeat_interleave(
+        torch.arange(len(query_BD), device=query_BD.device), group_offsets.diff(), output_size=len(candidate_C)
+    )
     if copies_P is None:
-        return logits_C, torch.full_like(scores_BP[:, 0], float("-inf"))
-    weight_BP = copies_P.to(scores_BP.dtype).expand_as(scores_BP).clone()
+        logits_C = (query_BD[row_C] * passage_PD[candidate_C]).sum(dim=1) * scale
+        return logits_C, torch.full_like(query_BD[:, 0], float("-inf"))
+    cosine_BP = query_BD @ passage_PD.T
+    scores_BP = cosine_BP * scale
+    logits_C = scores_BP[row_C, candidate_C]
+    weight_BP = copies_P.to(wide).expand_as(scores_BP).clone()
     weight_BP.index_put_((row_C, candidate_C), -torch.ones_like(logits_C), accumulate=True)
-    weight_BP = weight_BP.masked_fill(exclude_key_B[:, None] == key_P[None, :], 0.0)
+    if exclude_keys is not None:
+        weight_BP = weight_BP.masked_fill(exclude_keys[0][:, None] == exclude_keys[1][None, :], 0.0)
+    if require_keys is not None:
+        weight_BP = weight_BP.masked_fill(require_keys[0][:, None] != require_keys[1][None, :], 0.0)
+    if threshold_B is not None:
+        weight_BP = weight_BP.masked_fill(cosine_BP > threshold_B[:, None], 0.0)
     masked_BP = scores_BP.masked_fill(weight_BP <= 0, float("-inf"))
     # The shift is finite also for rows with nothing left, whose sum is then 0: no NaN in either direction.
-    shift_B = masked_BP.detach().amax(dim=1).clamp_min(torch.finfo(scores_BP.dtype).min)
+    shift_B = masked_BP.detach().amax(dim=1).clamp_min(torch.finfo(wide).min)
     sum_B = (weight_BP * torch.exp(masked_BP - shift_B[:, None])).sum(dim=1)
     some_B = sum_B > 0
     lse_B = torch.where(some_B, sum_B, torch.ones_like(sum_B)).log() + shift_B

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PretrainedConfig
 
-from embed_kernels import gather_last_token
+from embed_kernels import Impl, gather_last_token
 from pipeline.model.attention import register_packed_attention
 from pipeline.model.last_layer import keep_last_rows
 from pipeline.settings import LoraSettings, ModelSettings
@@ -52,9 +52,10 @@ class MarkerEmbedding(nn.Module):
 class Encoder(nn.Module):
     """A decoder and a pooling; the decoder is a transformers model, or a PEFT model around one."""
 
-    def __init__(self, decoder: nn.Module, pooling: str) -> None:
+    def __init__(self, decoder: nn.Module, pooling: str, kernels: Impl = "auto") -> None:
         super().__init__()
         self.decoder = decoder
+        self.kernels = kernels
         self.pooling = pooling
         self.gives_last_rows = pooling == "last" and keep_last_rows(decoder)
 
@@ -73,9 +74,9 @@ class Encoder(nn.Module):
         if self.pooling == "mean":
             return _mean_pool(hidden, cu_seqlens)
         last_S = cu_seqlens[1:].long() - 1
-        return gather_last_token(
-            hidden, torch.arange(len(last_S), device=hidden.device) if self.gives_last_rows else last_S
-        )
+        if self.gives_last_rows:
+            last_S = torch.arange(len(last_S), device=hidden.device)
+        return gather_last_token(hidden, last_S, impl=self.kernels)
 
 
 def _mean_pool(hidden_TD: Tensor, cu_seqlens: Tensor) -> Tensor:
@@ -128,7 +129,7 @@ def load_encoder(
         # The reentrant form re-runs a layer as one autograd node, which ZeRO-3's gather hooks need.
         decoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
         decoder.enable_input_require_grads()
-    return Encoder(decoder, model.pooling)
+    return Encoder(decoder, model.pooling, model.embed_kernels)
 
 
 def _require_packable(config: PretrainedConfig) -> None:

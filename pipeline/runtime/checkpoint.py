@@ -39,6 +39,7 @@ MAY_CHANGE = (
     "data.root",
     "data.store",
     "model.attention_kernel",
+    "model.embed_kernels",
     "model.activation_checkpointing",
 )
 

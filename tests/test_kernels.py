@@ -1,0 +1,399 @@
+"""Triton kernels against an fp64 oracle: in Triton's interpreter on CPU, on the device where there is one.
+
+On CPU a pairwise cover of sizes, types, temperatures and masks runs (the interpreter is slow), on a GPU their product.
+"""
+
+import itertools
+import math
+import os
+
+import pytest
+import torch
+
+ON_GPU = torch.cuda.is_available()
+DEVICE = "cuda" if ON_GPU else "cpu"
+if not ON_GPU:
+    os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are defined, which is at their first use
+
+from embed_kernels import dispatch, gather_last_token, gather_similarity, reference, similarity  # noqa: E402
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+# Of gradients, relative. Shares are rounded to the inputs' type once, gradients once more.
+GRADIENT_ERROR = {"fp32": 1e-5 if ON_GPU else 5e-6, "fp16": 1e-3, "bf16": 6e-3}
+LSE_ERROR = 5e-5 if ON_GPU else 1e-5
+MASKS = ("none", "exclude", "require", "threshold", "all", "no_rest")
+FACTORS: dict[str, tuple] = {
+    "rows": (1, 5, 33, 64, 512) if ON_GPU else (1, 5, 33, 64),
+    "passages": (1, 9, 130, 257, 4096) if ON_GPU else (1, 9, 130, 257),
+    "width": (16, 48, 80, 128, 1024, 4096) if ON_GPU else (16, 48, 80, 128),
+    "group": (1, 2, 8),
+    "dtype": tuple(DTYPES),
+    "temperature": (1.0, 0.05, 0.02, 0.01),
+    "mask": MASKS,
+}
+
+
+def pairwise(factors: dict[str, tuple]) -> list[tuple]:
+    """Cases in which every pair of values of two factors occurs: greedy, the same in every run."""
+    names = list(factors)
+    missing = {((a, x), (b, y)) for a, b in itertools.combinations(names, 2) for x in factors[a] for y in factors[b]}
+    cases = []
+    while missing:
+        case = dict(min(missing, key=repr))
+        for name in names:
+            if name not in case:
+                case[name] = max(
+                    factors[name],
+                    key=lambda value: sum(
+                        pair in missing
+                        for other, chosen in case.items()
+                        for pair in (((other, chosen), (name, value)), ((name, value), (other, chosen)))
+                    ),
+                )
+        ordered = [(name, case[name]) for name in names]
+        missing -= set(itertools.combinations(ordered, 2))
+        cases.append(tuple(case[name] for name in names))
+    return cases
+
+
+CASES = list(itertools.product(*FACTORS.values())) if ON_GPU else pairwise(FACTORS)
+
+
+def test_the_cover_is_small_and_whole():
+    cases = pairwise({"a": (1, 2), "b": (1, 2, 3), "c": (1, 2)})
+    for i, j, sizes in ((0, 1, 6), (0, 2, 4), (1, 2, 6)):
+        assert len({(case[i], case[j]) for case in cases}) == sizes
+    assert ON_GPU or len(CASES) <= 200
+
+
+def unit(rows: int, width: int, generator: torch.Generator) -> torch.Tensor:
+    """Unit vectors around a few common directions, so that some are alike, as embeddings are."""
+    directions = torch.randn(4, width, generator=generator)
+    mixed = torch.randn(rows, 4, generator=generator) @ directions + 0.7 * torch.randn(rows, width, generator=generator)
+    return torch.nn.functional.normalize(mixed, dim=1)
+
+
+def make_case(rows, passages, width, group, dtype, temperature, mask, seed=0):
+    """Inputs of one call: ragged groups up to `group` with repeats, keys that match now and then, a zero row."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def integers(below, count):
+        return torch.randint(0, below, (count,), generator=generator, dtype=torch.int32)
+
+    sizes = integers(group, rows) + 1
+    sizes[0] = group
+    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), sizes.cumsum(0)]).int()
+    candidate_C = integers(passages, int(offsets[-1]))
+    if len(candidate_C) > 1 and group > 1:
+        candidate_C[1] = candidate_C[0]  # one passage twice in a group
+    query_BD, passage_PD = unit(rows, width, generator), unit(passages, width, generator)
+    query_BD[-1] = 0.0
+    # Not every candidate of the batch is some row's here: copies beyond the local rows are other ranks'.
+    copies_P = torch.bincount(candidate_C, minlength=passages).int() + integers(2, passages)
+    keys = {
+        "exclude_keys": (integers(7, rows), integers(7, passages)),
+        "require_keys": (integers(2, rows), integers(2, passages)),
+        "threshold_B": torch.rand(rows, generator=generator) * 0.6 + 0.2,
+    }
+    chosen = {"exclude": ["exclude_keys"], "require": ["require_keys"], "threshold": ["threshold_B"], "all": list(keys)}
+    options = {name: keys[name] for name in chosen.get(mask, [])}
+    if "require_keys" in options:
+        options["require_keys"][0][0] = 9  # a row that nothing matches
+    query_BD, passage_PD = query_BD.to(DTYPES[dtype]), passage_PD.to(DTYPES[dtype])
+    if "threshold_B" in options:
+        # Pairs at the very threshold would fall on either side by rounding.
+        near = (query_BD.double() @ passage_PD.double().T - options["threshold_B"][:, None].double()).abs().amin(dim=1)
+        options["threshold_B"] = torch.where(near < 1e-4, options["threshold_B"] + 3e-4, options["threshold_B"])
+    inputs = (query_BD, passage_PD, candidate_C, offsets)
+    return inputs, 1.0 / temperature, None if mask == "no_rest" else copies_P, options
+
+
+def oracle(
+    query_BD, passage_PD, candidate_C, offsets, scale, copies_P, exclude_keys=None, require_keys=None, threshold_B=None
+):
+    """Row by row in fp64: every kept passage as often as it counts."""
+    logits, rest = [], []
+    for b in range(len(query_BD)):
+        own = candidate_C[offsets[b] : offsets[b + 1]]
+        cosine_P = passage_PD @ query_BD[b]
+        logits.append(cosine_P[own] * scale)
+        if copies_P is None:
+            rest.append(torch.full((), -math.inf, dtype=torch.float64))
+            continue
+        times_P = copies_P - torch.bincount(own, minlength=len(passage_PD))
+        keep_P = times_P > 0
+        if exclude_keys is not None:
+            keep_P &= exclude_keys[0][b] != exclude_keys[1]
+        if require_keys is not None:
+            keep_P &= require_keys[0][b] == require_keys[1]
+        if threshold_B is not None:
+            keep_P &= cosine_P <= threshold_B[b].double()
+        repeated = cosine_P[keep_P].repeat_interleave(times_P[keep_P]) * scale
+        rest.append(torch.logsumexp(repeated, 0) if len(repeated) else torch.full((), -math.inf, dtype=torch.float64))
+    return torch.cat(logits), torch.stack(rest)
+
+
+def run(call, inputs, scale, copies_P, options, dtype=None, device="cpu", seed=1):
+    """Outputs and the gradients of a fixed random linear function of them, in fp64 on CPU."""
+
+    def move(value):
+        if isinstance(value, tuple):
+            return tuple(move(v) for v in value)
+        return value.to(device) if isinstance(value, torch.Tensor) else value
+
+    query_BD, passage_PD = (move(x if dtype is None else x.to(dtype)).detach().requires_grad_() for x in inputs[:2])
+    scale = torch.tensor(scale, dtype=torch.float32 if dtype is None else dtype, device=device).requires_grad_()
+    copies_P = move(copies_P)
+    logits_C, rest_B = call(
+        query_BD, passage_PD, *map(move, inputs[2:]), scale, copies_P, **{k: move(v) for k, v in options.items()}
+    )
+    generator = torch.Generator().manual_seed(seed)
+    weight_C = torch.randn(logits_C.shape, generator=generator, dtype=torch.float64).to(device)
+    weight_B = torch.rand(rest_B.shape, generator=generator, dtype=torch.float64).to(device)
+    some_B = rest_B > -math.inf
+    ((logits_C.double() * weight_C).sum() + (rest_B[some_B].double() * weight_B[some_B]).sum()).backward()
+    results = (logits_C, rest_B, query_BD.grad, passage_PD.grad, scale.grad)
+    return [r.detach().double().cpu() for r in results]
+
+
+def relative(value: torch.Tensor, truth: torch.Tensor) -> float:
+    """||value - truth|| / ||truth||; both zero is no error."""
+    difference = float((value - truth).norm())
+    return difference / float(truth.norm()) if difference else 0.0
+
+
+def check(result, truth, dtype):
+    logits_C, rest_B, *gradients = zip(result, truth, strict=True)
+    assert torch.equal(rest_B[0] == -math.inf, rest_B[1] == -math.inf)
+    some_B = rest_B[1] > -math.inf
+    assert (logits_C[0] - logits_C[1]).abs().max() <= LSE_ERROR
+    assert not some_B.any() or (rest_B[0] - rest_B[1])[some_B].abs().max() <= LSE_ERROR
+    for value, expected in gradients[:2]:
+        assert relative(value, expected) <= GRADIENT_ERROR[dtype]
+
+
+def triton_similarity(*args, **kwargs):
+    return similarity(*args, impl="triton", **kwargs)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
+def test_similarity_equals_the_oracle(case):
+    inputs, scale, copies_P, options = make_case(*case)
+    truth = run(oracle, inputs, scale, copies_P, options, torch.float64)
+    result = run(triton_similarity, inputs, scale, copies_P, options, device=DEVICE)
+    check(result, truth, case[4])
+    if case[4] == "fp32":
+        # The scale's gradient is one sum over all pairs, with much cancellation.
+        terms = (truth[2] * inputs[0].double()).abs().sum() / scale
+        assert (result[4] - truth[4]).abs() <= 1e-5 * terms + 1e-6
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_the_twin_equals_the_oracle_and_its_gradients_are_right(mask):
+    inputs, scale, copies_P, options = make_case(6, 11, 16, 3, "fp32", 0.1, mask)
+    truth = run(oracle, inputs, scale, copies_P, options, torch.float64)
+    for value, expected in zip(
+        run(reference.similarity, inputs, scale, copies_P, options, torch.float64), truth, strict=True
+    ):
+        torch.testing.assert_close(value, expected)
+
+    def kept(query_BD, passage_PD, scale):
+        logits_C, rest_B = reference.similarity(query_BD, passage_PD, *inputs[2:], scale, copies_P, **options)
+        return logits_C, rest_B[rest_B > -math.inf]
+
+    leaves = [x.double().requires_grad_() for x in (*inputs[:2], torch.tensor(scale))]
+    assert torch.autograd.gradcheck(kept, leaves)
+
+
+def test_passages_in_chunks_change_nothing():
+    inputs, scale, copies_P, options = make_case(33, 130, 48, 8, "fp32", 0.02, "all")
+    whole = run(triton_similarity, inputs, scale, copies_P, options, device=DEVICE)
+
+    def in_chunks(*args, **kwargs):
+        return triton_similarity(*args, workspace_bytes=1, **kwargs)
+
+    for value, expected in zip(run(in_chunks, inputs, scale, copies_P, options, device=DEVICE), whole, strict=True):
+        assert relative(value.nan_to_num(neginf=0), expected.nan_to_num(neginf=0)) <= 1e-6
+
+
+def test_equal_inputs_give_equal_bits():
+    inputs, scale, copies_P, options = make_case(33, 257, 80, 8, "bf16", 0.02, "all")
+    first, second = (run(triton_similarity, inputs, scale, copies_P, options, device=DEVICE) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_permuted_passages_permute_their_gradient():
+    inputs, scale, copies_P, options = make_case(9, 40, 16, 4, "fp32", 0.05, "exclude")
+    order_P = torch.randperm(40, generator=torch.Generator().manual_seed(3))
+    place_P = torch.argsort(order_P)
+    moved = (inputs[0], inputs[1][order_P], place_P[inputs[2]].int(), inputs[3])
+    keys = {"exclude_keys": (options["exclude_keys"][0], options["exclude_keys"][1][order_P])}
+    plain = run(triton_similarity, inputs, scale, copies_P, options, device=DEVICE)
+    permuted = run(triton_similarity, moved, scale, copies_P[order_P], keys, device=DEVICE)
+    assert relative(permuted[2], plain[2]) <= 1e-6 and relative(permuted[3], plain[3][order_P]) <= 1e-6
+
+
+@pytest.mark.parametrize("mask", ["none", "all"])
+def test_shares_of_the_rest_add_up_to_what_arrived(mask):
+    """Forward and backward must leave out the same pairs: with p = e1 everywhere, dL/dq sums the shares themselves."""
+    inputs, _, copies_P, options = make_case(33, 130, 16, 4, "fp32", 0.05, mask)
+    query_BD = inputs[0].clone()
+    passage_PD = inputs[1].clone()
+    passage_PD[:, -1] = 1.0  # a constant column: its gradient in q is the sum of all shares
+    query_BD[:, -1] = 0.0
+    query_BD = query_BD.to(DEVICE).requires_grad_()
+    options = {k: tuple(x.to(DEVICE) for x in v) if isinstance(v, tuple) else v.to(DEVICE) for k, v in options.items()}
+    _, rest_B = triton_similarity(
+        query_BD, passage_PD.to(DEVICE), *(x.to(DEVICE) for x in inputs[2:]), 20.0, copies_P.to(DEVICE), **options
+    )
+    some_B = rest_B > -math.inf
+    assert some_B.any()
+    arriving_B = torch.rand(len(rest_B), generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    (rest_B[some_B] * arriving_B[some_B]).sum().backward()
+    torch.testing.assert_close(query_BD.grad[some_B, -1], 20.0 * arriving_B[some_B], rtol=1e-5, atol=1e-5)
+    assert not query_BD.grad[~some_B].any()
+
+
+def test_inputs_in_strides_and_poisoned_memory(monkeypatch):
+    """Every element that a kernel hands on was written by it: fresh memory is full of NaN."""
+    inputs, scale, copies_P, options = make_case(33, 130, 80, 8, "fp32", 0.02, "all")
+    truth = run(triton_similarity, inputs, scale, copies_P, options, device=DEVICE)
+    wide = torch.full((33, 160), math.nan)
+    wide[:, ::2] = inputs[0]
+    empty, empty_like = torch.empty, torch.empty_like
+
+    def poisoned(*args, **kwargs):
+        out = empty(*args, **kwargs)
+        return out.fill_(math.nan) if out.is_floating_point() else out
+
+    monkeypatch.setattr(torch, "empty", poisoned)
+    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: empty_like(*a, **k).fill_(math.nan))
+
+    leaf = wide.to(DEVICE)[:, ::2]
+    assert not leaf.is_contiguous()
+    result = run(triton_similarity, (leaf, *inputs[1:]), scale, copies_P, options, device=DEVICE)
+    for value, expected in zip(result, truth, strict=True):
+        assert torch.equal(value, expected)
+
+
+# Last-token gather.
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [16, 80, 576] + ([4096] if ON_GPU else []))
+def test_gather_equals_the_oracle(dtype, width):
+    generator = torch.Generator().manual_seed(0)
+    hidden_TD = torch.randn(40, width, generator=generator).to(DTYPES[dtype]) * 3
+    hidden_TD[17] = 0.0
+    last_S = torch.tensor([0, 4, 17, 39])
+    weight_SD = torch.randn(4, width, generator=generator, dtype=torch.float64)
+
+    def both(call, hidden):
+        leaf = hidden.detach().requires_grad_()
+        out = call(leaf, last_S.to(leaf.device))
+        (out.double().cpu() * weight_SD).sum().backward()
+        return out.detach().double().cpu(), leaf.grad.double().cpu()
+
+    truth, gradient = both(reference.gather_last_token, hidden_TD.double())
+    out, result = both(lambda h, i: gather_last_token(h, i, impl="triton"), hidden_TD.to(DEVICE))
+    assert relative(out, truth) <= 1e-6
+    rounding = {"fp32": 1e-6, "fp16": 1e-3, "bf16": 8e-3}[dtype]
+    kept = torch.ones(40, dtype=torch.bool)
+    kept[17] = False  # a zero row is divided by eps: its gradient is 1e12 large
+    assert relative(result[kept], gradient[kept]) <= rounding
+    assert not result[[t for t in range(40) if t not in last_S.tolist()]].any()
+    if dtype == "fp32":
+        assert relative(result[17], gradient[17]) <= 1e-5
+
+
+def test_gather_of_rows_in_strides():
+    hidden_TD = torch.randn(20, 32, device=DEVICE)[::2, ::2]
+    last_S = torch.tensor([1, 9], device=DEVICE)
+    torch.testing.assert_close(
+        gather_last_token(hidden_TD, last_S, impl="triton"), reference.gather_last_token(hidden_TD, last_S)
+    )
+
+
+def test_gather_and_similarity_in_one_call():
+    inputs, scale, copies_P, options = make_case(5, 9, 16, 2, "fp32", 0.05, "all")
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(1, 6, (14,), generator=generator)
+    last_S = lengths.cumsum(0) - 1
+    hidden_TD = torch.randn(int(lengths.sum()), 16, generator=generator)
+    gradients = []
+    for impl in ("triton", "torch"):
+        leaf = hidden_TD.to(DEVICE).requires_grad_()
+        arguments = [x.to(DEVICE) for x in (last_S, *inputs[2:])]
+        logits_C, rest_B = gather_similarity(leaf, *arguments, scale, None, impl=impl)
+        assert (rest_B == -math.inf).all()
+        logits_C.square().sum().backward()
+        gradients.append(leaf.grad)
+    torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-5)
+
+
+# Operators and the choice between kernel and twin.
+
+
+def test_operators_keep_pytorch_s_contracts():
+    from embed_kernels.last_token_kernel import last_token
+    from embed_kernels.similarity_kernel import similarity as operator
+
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+    hidden_TD = torch.randn(6, 16, device=DEVICE, requires_grad=True)
+    torch.library.opcheck(last_token, (hidden_TD, torch.tensor([1, 5], device=DEVICE), 1e-12), test_utils=tests)
+    inputs, scale, copies_P, options = make_case(5, 9, 16, 2, "fp32", 0.5, "exclude")
+    query_BD, passage_PD = (x.to(DEVICE).requires_grad_() for x in inputs[:2])
+    arguments = (
+        query_BD, passage_PD, *(x.to(DEVICE) for x in inputs[2:]), 2,
+        torch.tensor(scale, device=DEVICE), copies_P.to(DEVICE), *(x.to(DEVICE) for x in options["exclude_keys"]),
+        None, None, None, 1 << 20,
+    )  # fmt: skip
+    torch.library.opcheck(operator, arguments, test_utils=tests)
+
+
+def test_compiles_as_one_graph():
+    inputs, scale, copies_P, _ = make_case(5, 9, 16, 2, "fp32", 0.5, "none")
+
+    def loss(query_BD, passage_PD):
+        logits_C, rest_B = similarity(
+            query_BD,
+            passage_PD,
+            *(x.to(DEVICE) for x in inputs[2:]),
+            scale,
+            copies_P.to(DEVICE),
+            max_group=2,
+            impl="triton",
+        )
+        return logits_C.sum() + rest_B.sum()
+
+    values = []
+    for call in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
+        leaves = [x.to(DEVICE).requires_grad_() for x in inputs[:2]]
+        value = call(*leaves)
+        value.backward()
+        values.append((value.detach(), *(leaf.grad for leaf in leaves)))
+    for a, b in zip(*values, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_impossible_choices_are_errors(monkeypatch):
+    query_BD, offsets = torch.randn(2, 8), torch.tensor([0, 1, 2])
+    with pytest.raises(ValueError, match="impl='cuda' must be auto, triton or torch"):
+        gather_last_token(query_BD, offsets[:1], impl="cuda")
+    with pytest.raises(ValueError, match="impl='triton' cannot run: it has no torch.float64"):
+        gather_last_token(query_BD.double(), offsets[:1], impl="triton")
+    with pytest.raises(ValueError, match="queries are torch.float32, passages torch.float64"):
+        similarity(query_BD, query_BD.double(), offsets[:2], offsets, 1.0, None)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    dispatch._choose_once.cache_clear()
+    with pytest.raises(ValueError, match="tensors are on the CPU"):
+        gather_last_token(query_BD, offsets[:1], impl="triton")
+    dispatch._choose_once.cache_clear()
+
+
+def test_the_choice_is_logged_once(caplog):
+    dispatch._choose_once.cache_clear()
+    with caplog.at_level("INFO"):
+        for _ in range(3):
+            gather_last_token(torch.randn(2, 8), torch.tensor([1]))
+    assert len(caplog.records) == 1 and "last-token gather kernel: torch (asked for: auto" in caplog.text
