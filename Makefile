@@ -2,7 +2,7 @@
 SHELL := /usr/bin/env bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help install test format demo prove-main clean
+.PHONY: help install test format demo prove-main prove-kernels clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -61,6 +61,9 @@ demo: $(STAMP)  ## train a few-shot embedder on the sample data and score it bef
 
 prove-main: $(STAMP)  ## check the README's main claims (DATA=folder with training and evaluation data)
 	$(BIN)/python benchmarks/prove.py main $(if $(DATA),--data $(DATA))
+
+prove-kernels: $(STAMP)  ## check what the README says of the kernels (GPU rows need benchmarks/gpu_check.sh on a GPU)
+	$(BIN)/python benchmarks/prove.py kernels
 
 clean:  ## remove run results and caches (.venv stays)
 	rm -rf runs build .pytest_cache .ruff_cache .mypy_cache .hypothesis *.egg-info
