@@ -40,7 +40,7 @@ test: $(STAMP)  ## lint, format check, types and tests (ARGS="-k name" goes to p
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 format: $(STAMP)  ## put the code in form
 	$(BIN)/ruff check --fix .

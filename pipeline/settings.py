@@ -188,7 +188,7 @@ def load_settings(recipe: str | Path, overrides: Sequence[str] = ()) -> Settings
             raise ValueError(f"override {override!r} has no '='; write it as key.sub=value")
         try:
             branch = yaml.safe_load(text)
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, ValueError) as error:
             raise ValueError(f"override {override!r}: the value is not valid YAML") from error
         for part in reversed(key.split(".")):
             branch = {part: branch}
@@ -197,11 +197,21 @@ def load_settings(recipe: str | Path, overrides: Sequence[str] = ()) -> Settings
     return settings
 
 
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML whose mappings may not name a key twice; the safe loader alone would keep the last one."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        if repeated := [key for key in keys if keys.count(key) > 1]:
+            raise yaml.constructor.ConstructorError(None, None, f"{repeated[0]!r} stands twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
 def _read_tree(recipe: Path) -> dict[str, Any]:
     """A recipe file as the mapping that it holds."""
     try:
-        tree = yaml.safe_load(recipe.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        tree = yaml.load(recipe.read_text(encoding="utf-8"), _UniqueKeys) or {}
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or a date that is none
         raise ValueError(f"{recipe} is not valid YAML: {error}") from error
     if not isinstance(tree, dict):
         raise ValueError(f"{recipe} must be a mapping of settings, got {tree!r}")

@@ -208,8 +208,16 @@ def test_a_folder_that_is_no_store_is_never_replaced(tiny_recipe: Recipe, capsys
     keep = store_of(recipe) / "thesis.txt"
     keep.parent.mkdir()
     keep.write_text("years of work")
-    assert main(["--config", str(recipe), "--processes", "1", "--overwrite"]) == 2
-    assert "is not a token store" in capsys.readouterr().err and keep.read_text() == "years of work"
+    for options in ([], ["--overwrite"]):
+        assert main(["--config", str(recipe), "--processes", "1", *options]) == 2
+        assert "is not a token store" in capsys.readouterr().err and keep.read_text() == "years of work"
+
+
+def test_an_empty_folder_becomes_the_store(tiny_recipe: Recipe) -> None:
+    recipe = tiny_recipe(data=only("entailment"))
+    store_of(recipe).mkdir()
+    assert main(["--config", str(recipe), "--processes", "1"]) == 0
+    assert open_store(store_of(recipe)).manifest.counts["rows"] > 0
 
 
 def test_rows_are_stored_or_quarantined_with_their_place(

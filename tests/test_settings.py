@@ -109,6 +109,7 @@ def test_overrides_keep_their_neighbours(recipe: Path) -> None:
         (["model.dtype=fp8"], "model.dtype='fp8' must be one of bf16, fp32"),
         (["run.seed"], "has no '='"),
         (["run.seed=[1"], "not valid YAML"),
+        (["optim.lr=2024-13-45"], "not valid YAML"),
         (["preprocess.template=bge"], "preprocess.template='bge' is unknown; known templates: bge_en_icl"),
         (["run.chunk_tokens=2047"], "run.chunk_tokens=2047 cannot hold one sequence"),
         (
@@ -168,3 +169,10 @@ def test_dump_and_load_give_an_equal_tree(path: Path, tmp_path: Path) -> None:
     copy = tmp_path / "settings.yaml"
     copy.write_text(dump_settings(settings))
     assert load_settings(copy) == settings
+
+
+def test_a_key_that_stands_twice_is_an_error(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("optim: {lr: 1.0e-4}\nrun: {seed: 1}\noptim: {lr: 2.0e-4}\n")
+    with pytest.raises(ValueError, match="recipe.yaml is not valid YAML: 'optim' stands twice"):
+        load_settings(recipe)

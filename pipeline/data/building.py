@@ -42,8 +42,9 @@ from pipeline.data.sources import (
     find_source,
     full_identity,
     group_size_of,
+    is_empty,
     raw_identity,
-    require_replaceable,
+    require_store,
     require_up_to_date,
 )
 from pipeline.data.store import (
@@ -132,16 +133,16 @@ def build_store(
             for dataset, path, digest in zip(settings.data.datasets, files, digests, strict=True)
         )
         raw = raw_identity(sources, block_bytes, partition_bytes)
-        if not overwrite and store.exists():
+        if store.exists() and not is_empty(store):
+            require_store(store)
+        if not overwrite and store.exists() and not is_empty(store):
             return require_up_to_date(store, full_identity(raw, settings, sources, loading.result())), False
-        if store.exists():
-            require_replaceable(store)
         text_bytes = sum(s.num_bytes * (_GZIP_RATIO if is_gzip(s.path) else 1) for s in sources)
         num_partitions = min(max(-(-text_bytes // partition_bytes), 1), _MAX_PARTITIONS)
         work = store.with_name(store.name + ".partial")
         plan = BuildPlan(settings, sources, work, num_partitions, block_bytes, bars)
         with _locked(work):
-            if not overwrite and store.exists():
+            if not overwrite and store.exists() and not is_empty(store):
                 raise ValueError(f"another process has just built {store}; run again to compare it with the recipe")
             _keep_or_clear(work, "raw.json", raw, (plan.units, plan.reports, plan.target))
             reports = _build_units(plan, pool, loading)

@@ -93,7 +93,12 @@ def require_up_to_date(store: Path, identity: dict[str, Any]) -> Manifest:
     return manifest
 
 
-def require_replaceable(store: Path) -> None:
-    """--overwrite replaces token stores and empty folders, never a folder with something else in it."""
-    if not store.is_dir() or (not (store / MANIFEST).is_file() and any(store.iterdir())):
+def is_empty(store: Path) -> bool:
+    """Whether the path is a folder with nothing in it: as good as none."""
+    return store.is_dir() and not any(store.iterdir())
+
+
+def require_store(store: Path) -> None:
+    """What stands at data.store is compared with the recipe or replaced only if it is a token store."""
+    if not (store / MANIFEST).is_file():
         raise ValueError(f"data.store={store} is not a token store and is not replaced; set another data.store")
