@@ -39,10 +39,10 @@ setup(
         "tqdm>=4.66",
         "matplotlib>=3.9",
         "safetensors>=0.5",
-        "mteb>=2.20",
     ],
     extras_require={
-        "gpu": ["flash-attn"],  # optional even there: `auto` takes torch's own; triton comes with torch's CUDA builds
+        "gpu": ["flash-attn", "triton"],  # both optional even there: `auto` takes torch's own attention and PyTorch
+        "eval": ["mteb>=2.20"],
         "mpi": ["mpich"],  # an MPI without system packages
         "tracking": ["tensorboard", "wandb"],
         "quickstart": ["gguf"],  # reads the base model of examples/quickstart

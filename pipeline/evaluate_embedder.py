@@ -6,6 +6,7 @@ side.
 """
 
 import argparse
+import importlib.util
 import logging
 import sys
 import time
@@ -90,6 +91,8 @@ def evaluate(
     args: argparse.Namespace, settings: Settings, tasks: Sequence[RetrievalTask], modes: Sequence[str]
 ) -> None:
     """Score every task in every mode; prints table and report path, writes scores.json and report.md."""
+    if importlib.util.find_spec("mteb") is None:
+        raise ValueError("mteb, which scores, is not installed; pip install bge-icl-train[eval]")
     # Loading these takes seconds; wrong arguments should not have to wait for it.
     import datasets
     import transformers
