@@ -47,7 +47,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--scores", type=Path, help="file to add to (default: scores.json in the run's folder)")
     parser.add_argument("--chunk-tokens", type=int, help="token budget of a forward pass (default: by device)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe, model.dtype=fp32 say")
-    return parser.parse_args(argv)
+    return parser.parse_intermixed_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

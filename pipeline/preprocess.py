@@ -33,7 +33,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--processes", type=int, default=available_cores(), help="default: all cores (%(default)s)")
     parser.add_argument("--overwrite", action="store_true", help="replace the store if there is one")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings on top of the recipe")
-    return parser.parse_args(argv)
+    return parser.parse_intermixed_args(argv)
 
 
 def available_cores() -> int:
@@ -52,6 +52,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
     if not built:
         print(f"{settings.data.store}: up to date ({manifest.counts['rows']:,} rows)")
         return 0

@@ -63,6 +63,8 @@ def run(settings: Settings, ranks: Ranks) -> None:
     """The whole run on one rank; user errors are ValueErrors."""
     out = Path(settings.run.output_dir)
     limits = Limits.from_settings(settings.preprocess)
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"run.output_dir={out} is a file; name a folder")
     read_deepspeed_json(settings.run.deepspeed)  # a wrong one should not be found after the model is loaded
 
     # Data: refuse a store that this recipe did not make, or that is damaged (each rank reads its share of the shards).
@@ -230,7 +232,7 @@ The store must exist: python pipeline/preprocess.py --config RECIPE. What a step
     parser.add_argument("--config", required=True, help="recipe YAML; settings.py documents every key")
     parser.add_argument("--local_rank", type=int, default=None, help="set by the deepspeed launcher")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that override the recipe's")
-    return parser.parse_args(argv)
+    return parser.parse_intermixed_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

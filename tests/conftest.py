@@ -1,11 +1,17 @@
 """Real tokenizers from installed packages, and a small recipe with raw data of all five types."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from samples import installed_file, sample_texts, write_recipe
+
+# Triton reads this when it is imported, and DeepSpeed imports it: so before any test does.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(scope="session")

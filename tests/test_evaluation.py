@@ -146,6 +146,13 @@ def test_the_score_is_that_of_the_slow_twin(folder: Path) -> None:
     assert score_retrieval(task, embed_words, embed_words) == pytest.approx(wanted, abs=1e-5)
 
 
+def test_a_misspelt_metric_is_found_on_reading(folder: Path) -> None:
+    header = json.loads((folder / "task.json").read_text())
+    (folder / "task.json").write_text(json.dumps(header | {"metric": "ndcg_at_ten"}))
+    with pytest.raises(ValueError, match="task.json: unknown metric 'ndcg_at_ten'"):
+        load_task(folder)
+
+
 def test_an_unknown_metric(folder: Path) -> None:
     from pipeline.evaluation.runner import score_retrieval
 

@@ -5,17 +5,14 @@ On CPU a pairwise cover of sizes, types, temperatures and masks runs (the interp
 
 import itertools
 import math
-import os
 
 import pytest
 import torch
 
+from embed_kernels import dispatch, gather_last_token, gather_similarity, reference, similarity
+
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
-if not ON_GPU:
-    os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are defined, which is at their first use
-
-from embed_kernels import dispatch, gather_last_token, gather_similarity, reference, similarity  # noqa: E402
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # Of gradients, relative. Shares are rounded to the inputs' type once, gradients once more.

@@ -300,7 +300,7 @@ def test_too_many_bad_rows_are_listed(tiny_recipe: Recipe, capsys: pytest.Captur
     ("overrides", "message"),
     [
         (["data.datasets=[]"], "data.datasets is empty"),
-        (["preprocess.tokenizer=/nowhere/tokenizer"], "tokenizer '/nowhere/tokenizer' cannot be loaded"),
+        (["preprocess.tokenizer=/nowhere/tokenizer"], "tokenizer /nowhere/tokenizer: no such folder"),
         (["preprocess.max_example_passage_tokens=1"], "no room for the text of a response"),
         (["preprocess.max_example_query_tokens=12"], "instruction 'Given a premise"),
         (["data.datasets=[{name: a, path: a.parquet}]"], "no such file"),

@@ -183,6 +183,14 @@ def test_deepspeed_json_may_not_set_what_the_recipe_owns(tmp_path):
         assert "zero_optimization" in read_deepspeed_json(config)
 
 
+def test_what_deepspeed_refuses_is_one_clear_message(recipe, tmp_path):
+    wrong = tmp_path / "wrong.json"
+    wrong.write_text(json.dumps({"zero_optimization": {"stage": 7}}))
+    out = [f"run.deepspeed={wrong}", f"run.output_dir={tmp_path / 'out'}"]
+    error = one_error(run_python(TRAIN, ["--config", str(recipe), *COMMON, *out]))
+    assert f"run.deepspeed={wrong} is refused by DeepSpeed: stage: Input should be" in error
+
+
 def test_other_data_is_refused_on_resume(recipe, whole_run, tmp_path):
     out, store = tmp_path / "out", tmp_path / "store"
     shutil.copytree(whole_run[0], out)

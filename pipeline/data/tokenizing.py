@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer
@@ -50,6 +51,8 @@ def load_tokenizer(name: str, template: Template) -> PromptTokenizer:
     """
     from transformers import AutoTokenizer
 
+    if Path(name).is_absolute() and not Path(name).is_dir():
+        raise ValueError(f"tokenizer {name}: no such folder; check model.name or preprocess.tokenizer")
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:

@@ -8,12 +8,14 @@ examples.jsonl  {"query", "response"} a line: in-context examples, none of them 
 """
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 QRELS = "qrels/test.tsv"
+METRIC = r"(ndcg|map|mrr|recall|precision|hit_rate)_at_\d+"  # as mteb names them
 NEEDED = ("task.json", "corpus.jsonl", "queries.jsonl", QRELS)
 
 
@@ -70,6 +72,10 @@ def _read_header(path: Path) -> dict[str, str]:
     if header.get("type") != "retrieval":
         raise ValueError(f"{path}: type={header.get('type')!r} cannot be evaluated; supported now: 'retrieval'")
     header.setdefault("metric", "ndcg_at_10")
+    if not re.fullmatch(METRIC, str(header["metric"])):
+        raise ValueError(
+            f"{path}: unknown metric {header['metric']!r}; for example ndcg_at_10, recall_at_100, mrr_at_10"
+        )
     for key in ("name", "instruction", "metric"):
         if not isinstance(header.get(key), str):
             raise ValueError(f"{path}: {key}={header.get(key)!r} must be a text")

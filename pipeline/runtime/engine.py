@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from pipeline.model.encoder import trainable_parameters
@@ -94,7 +95,11 @@ def build_engine(
     trainable = [p for p in encoder.parameters() if p.requires_grad]
     assert trainable, "nothing to train: add_lora comes before build_engine"
     optimizer = torch.optim.AdamW(trainable, lr=optim.lr, weight_decay=optim.weight_decay)
-    engine, *_ = deepspeed.initialize(model=encoder, model_parameters=trainable, optimizer=optimizer, config=config)
+    try:
+        engine, *_ = deepspeed.initialize(model=encoder, model_parameters=trainable, optimizer=optimizer, config=config)
+    except ValidationError as error:
+        faults = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        raise ValueError(f"run.deepspeed={deepspeed_json} is refused by DeepSpeed: {faults}") from error
     if engine.zero_optimization_stage() == 0 and dtype == "bf16":
         # DeepSpeed's wrapper has taken a step on zero gradients by now: undo it, or Adam would count one step too many.
         for p in trainable:
