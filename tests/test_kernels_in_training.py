@@ -1,13 +1,16 @@
 """The kernels in use: every shipped configuration compiles for Hopper; a step gives the same gradients with them."""
 
+import json
 import subprocess
 import sys
 
+import pytest
 from launching import REPOSITORY, environment, launch, require_success, run_python
 from safetensors.torch import load_file
 
 from pipeline.preprocess import main as preprocess
 
+TRAIN = REPOSITORY / "pipeline" / "train.py"
 WORKER = REPOSITORY / "tests" / "gradient_worker.py"
 
 
@@ -38,3 +41,23 @@ def test_two_ranks_with_the_kernels_give_the_reference_gradient(tiny_training, t
             assert error <= 1e-5, f"{key}: relative error {error:.1e}"
             compared += 1
     assert compared == 3 * len(reference)
+
+
+def test_training_with_the_kernels_gives_the_losses_of_the_twins(tiny_training, tmp_path, monkeypatch):
+    """A whole run, optimizer steps and all, with several chunks a step."""
+    assert preprocess(["--config", str(tiny_training), "--processes", "1"]) == 0
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    losses = {}
+    for impl in ("torch", "triton"):
+        out = tmp_path / impl
+        overrides = [
+            "optim.max_steps=5",
+            "run.chunk_tokens=300",
+            f"run.output_dir={out}",
+            f"model.embed_kernels={impl}",
+        ]
+        result = launch(TRAIN, ["--config", str(tiny_training), *overrides], 1)
+        require_success(result)
+        losses[impl] = [json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert len(losses["torch"]) == 5 and losses["torch"] != losses["triton"], "they are different arithmetic"
+    assert losses["triton"] == pytest.approx(losses["torch"], rel=1e-5)
