@@ -231,6 +231,18 @@ def test_many_tiles_are_merged_in_blocks(monkeypatch):
     check(run(triton_similarity, inputs, scale, copies_P, options, device=DEVICE), truth, "fp32", scale)
 
 
+def test_a_positive_far_above_the_rest_does_not_drown_it():
+    """Its logit is 200 above the others': shifted by it, they would all be 0 in fp32."""
+    axes_DD = torch.eye(16, device=DEVICE)
+    offsets, copies_P = torch.tensor([0, 1, 2]).int().to(DEVICE), torch.ones(16, dtype=torch.int32, device=DEVICE)
+    leaf = axes_DD[:2].clone().requires_grad_()
+    logits_C, rest_B = triton_similarity(leaf, axes_DD, torch.tensor([0, 1]).int().to(DEVICE), offsets, 200.0, copies_P)
+    assert logits_C.tolist() == [200.0, 200.0]
+    torch.testing.assert_close(rest_B, torch.full((2,), math.log(15), device=DEVICE))
+    rest_B.sum().backward()
+    torch.testing.assert_close(leaf.grad[0], 200.0 / 15 * (1 - axes_DD[0]))
+
+
 def in_strides(vector: torch.Tensor) -> torch.Tensor:
     """The same values, every second place of a larger vector."""
     wide = torch.full((2 * len(vector),), 3, dtype=vector.dtype)
