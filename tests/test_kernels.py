@@ -450,27 +450,31 @@ def test_gather_of_rows_in_strides():
     )
 
 
-@pytest.mark.parametrize("with_rest", [True, False])
-def test_gather_and_similarity_in_one_call(with_rest):
-    inputs, scale, copies_P, options = make_case(5, 9, 16, 2, "fp32", 0.05, "all")
+@pytest.mark.parametrize("mask", ["none", "exclude", "require", "threshold", "no_rest"])
+def test_gather_and_similarity_in_one_call(mask):
+    inputs, scale, copies_P, options = make_case(5, 9, 16, 2, "fp32", 0.05, mask)
     generator = torch.Generator().manual_seed(0)
     lengths = torch.randint(1, 6, (14,), generator=generator)
     last_S = (lengths.cumsum(0) - 1).to(DEVICE)
     hidden_TD = torch.randn(int(lengths.sum()), 16, generator=generator)
+    if mask == "threshold":
+        options["threshold_B"] = torch.zeros(5)  # half of random pairs
     options = {k: tuple(x.to(DEVICE) for x in v) if isinstance(v, tuple) else v.to(DEVICE) for k, v in options.items()}
-    if not with_rest:
-        options = {}
+    arguments = (last_S, *(x.to(DEVICE) for x in inputs[2:]), scale, None if copies_P is None else copies_P.to(DEVICE))
     results = []
     for impl in ("triton", "torch"):
         leaf = hidden_TD.to(DEVICE).requires_grad_()
-        arguments = (last_S, *(x.to(DEVICE) for x in inputs[2:]), scale, copies_P.to(DEVICE) if with_rest else None)
         logits_C, rest_B = gather_similarity(leaf, *arguments, **options, impl=impl)
         some_B = rest_B > -math.inf
-        assert bool(some_B.any()) == with_rest
+        assert bool(some_B.any()) == (mask != "no_rest")
         (logits_C.square().sum() + rest_B[some_B].sum()).backward()
         results.append((logits_C.detach(), rest_B.detach(), leaf.grad))
     for value, expected in zip(*results, strict=True):
         torch.testing.assert_close(value, expected, rtol=2e-5, atol=2e-5)
+    # The twin itself, so that a mask lost on the way shows.
+    embeddings_SD = reference.gather_last_token(hidden_TD, last_S.cpu())
+    plain = reference.similarity(embeddings_SD[:5], embeddings_SD[5:], *inputs[2:], scale, copies_P)[1]
+    assert torch.allclose(plain, results[0][1].cpu()) == (mask in ("none", "no_rest"))
 
 
 # Operators and the choice between kernel and twin.
