@@ -66,7 +66,9 @@ class Killed(BaseException):
     """Stands for the end of the process: nothing catches it."""
 
 
-@pytest.mark.parametrize("stage", ["build_unit", "build_shard", "write_table", "dump_manifest", "_publish"])
+@pytest.mark.parametrize(
+    "stage", ["build_unit", "build_shard", "measure_unit", "join_units", "dump_manifest", "_publish"]
+)
 def test_interrupted_build_goes_on_and_gives_the_same_bytes(
     tiny_recipe: Recipe, tiny_store: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, stage: str
 ) -> None:
@@ -75,7 +77,7 @@ def test_interrupted_build_goes_on_and_gives_the_same_bytes(
 
     def dies_at_its_third_call(*args: Any) -> Any:
         calls.append(args)
-        if len(calls) == (3 if stage in ("build_unit", "build_shard", "write_table") else 1):
+        if len(calls) == (3 if stage in ("build_unit", "build_shard", "measure_unit", "join_units") else 1):
             raise Killed
         return real(*args)
 

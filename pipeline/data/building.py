@@ -15,10 +15,9 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
-
-import pyarrow as pa
 
 from pipeline.data.composing import Limits, compose_query, compose_wrapped
 from pipeline.data.joining import check_joined
@@ -26,17 +25,7 @@ from pipeline.data.parallel import open_pool, run_tasks
 from pipeline.data.pieces import KINDS
 from pipeline.data.quality import require_usable, write_quarantine
 from pipeline.data.raw import BLOCK_BYTES, Block, is_gzip, iter_blocks
-from pipeline.data.row_tables import (
-    HISTOGRAM_EDGES,
-    Measures,
-    TextIndex,
-    count_uses,
-    histogram,
-    length_keys,
-    load_rows,
-    load_text_index,
-    write_table,
-)
+from pipeline.data.row_tables import HISTOGRAM_EDGES, JoinTask, MeasureTask, TextShards, join_units, measure_unit
 from pipeline.data.sources import (
     Source,
     find_source,
@@ -85,6 +74,10 @@ class BuildPlan:
     @property
     def units(self) -> Path:
         return self.work / "units"
+
+    @property
+    def rows(self) -> Path:
+        return self.work / "rows"
 
     @property
     def reports(self) -> Path:
@@ -144,11 +137,11 @@ def build_store(
         with _locked(work):
             if not overwrite and store.exists() and not is_empty(store):
                 raise ValueError(f"another process has just built {store}; run again to compare it with the recipe")
-            _keep_or_clear(work, "raw.json", raw, (plan.units, plan.reports, plan.target))
+            _keep_or_clear(work, "raw.json", raw, (plan.units, plan.rows, plan.reports, plan.target))
             reports = _build_units(plan, pool, loading)
             pt = loading.result()
             identity = full_identity(raw, settings, sources, pt)
-            _keep_or_clear(work, "identity.json", identity, (plan.reports, plan.target))
+            _keep_or_clear(work, "identity.json", identity, (plan.rows, plan.reports, plan.target))
             manifest = _build(plan, pt, identity, reports, pool)
             _publish(plan, store)
             # Before the lock goes: another process may be waiting to build in this folder.
@@ -197,12 +190,11 @@ def _build(
 ) -> Manifest:
     """Stages B and C, the manifest, and the check of the whole."""
     shards, shard_counts = _build_shards(plan, pt, reports, pool)
-    index = load_text_index([plan.target / shard.name for shard in shards])
-    instructions: dict[str, int] = {}
-    tables = [
-        _build_table(plan, source, found, index, instructions, pt)
-        for source, found in zip(plan.sources, reports, strict=True)
-    ]
+    units = [unit for found in reports for unit in found.values()]
+    instructions = {text: i for i, text in enumerate(dict.fromkeys(t for unit in units for t in unit["instructions"]))}
+    pieces = tokenize_pieces(pt, list(instructions), "instruct")
+    _require_room(plan.settings, pt.tokens, list(instructions), pieces)
+    tables = _build_tables(plan, pt, reports, shards, instructions, [len(piece) for piece in pieces], pool)
     quarantine = plan.target / "quarantine.jsonl"
     num_bad = write_quarantine(
         quarantine, [(s.path.name, list(f.values())) for s, f in zip(plan.sources, reports, strict=True)]
@@ -222,7 +214,7 @@ def _build(
         histogram_edges=HISTOGRAM_EDGES,
         tokens=pt.tokens,
         instructions=tuple(instructions),
-        instruction_ids=tuple(tuple(ids) for ids in tokenize_pieces(pt, list(instructions), "instruct")),
+        instruction_ids=tuple(tuple(ids) for ids in pieces),
         datasets=tuple(entry for entry, _ in tables),
         counts={"rows": sum(entry.counts["rows"] for entry, _ in tables), "quarantined": num_bad, **shard_counts},
         text_files=tuple(shards),
@@ -311,49 +303,100 @@ def _widths(p: PreprocessSettings, tokens: PromptTokens) -> dict[str, Width]:
     return widths
 
 
-def _build_table(
+def _build_tables(
     plan: BuildPlan,
-    source: Source,
-    reports: UnitReports,
-    index: TextIndex,
-    instructions: dict[str, int],
     pt: PromptTokenizer,
-) -> tuple[DatasetEntry, StoredFile]:
-    """Stage C of one dataset; new instructions join `instructions`."""
-    units = list(reports.values())
-    rows = load_rows([str(plan.units / name) for name in reports], units, index, instructions)
-    pieces = tokenize_pieces(pt, list(instructions), "instruct")
-    _require_room(plan.settings, pt.tokens, list(instructions), pieces)
-    lengths = pa.array([len(piece) for piece in pieces], pa.int64()).to_numpy()
-    measures = Measures(pt.tokens, Limits.from_settings(plan.settings.preprocess), index.uncut_U, lengths)
-    task_type = next(kind for unit in units for kind in unit["types"])
-    group_size = group_size_of(plan.settings, source.dataset, task_type)
-    length_N = length_keys(rows, task_type, measures, group_size)
-    counts, histograms = count_uses(rows, task_type, measures)
-    counts["quarantined"] = sum(len(unit["quarantine"]) for unit in units)
-    counts["blank_lines"] = sum(unit["num_blank"] for unit in units)
-    path = plan.target / _row_file_name(source)
-    if path.name in {_row_file_name(other) for other in plan.sources if other is not source}:
-        raise ValueError(f"data.datasets: {source.dataset.name!r} and another name give the same file {path.name}")
-    scored = any(unit["scored"] for unit in units)
-    edges = plan.settings.preprocess.bucket_edges
-    bucket_offsets = write_table(path, rows, length_N, edges, scored)
-    histograms["row"] = histogram(length_N, HISTOGRAM_EDGES)
-    entry = DatasetEntry(
+    reports: Sequence[UnitReports],
+    shards: Sequence[StoredFile],
+    instructions: dict[str, int],
+    instruction_lengths: Sequence[int],
+    pool: Executor | None,
+) -> list[tuple[DatasetEntry, StoredFile]]:
+    """Stage C. The row table of every dataset, in order."""
+    starts = (0, *accumulate(shard.num_items for shard in shards))
+    text_shards = TextShards(tuple(str(plan.target / shard.name) for shard in shards), starts)
+    types = [next(kind for unit in found.values() for kind in unit["types"]) for found in reports]
+    settings = plan.settings
+    group_sizes = [group_size_of(settings, s.dataset, t) for s, t in zip(plan.sources, types, strict=True)]
+
+    def measure_tasks() -> Iterator[MeasureTask]:
+        for found, task_type, group_size in zip(reports, types, group_sizes, strict=True):
+            first_lines = accumulate((unit["num_lines"] for unit in found.values()), initial=0)
+            for (name, unit), first_line in zip(found.items(), first_lines, strict=False):
+                if not (plan.rows / f"{name}.json").is_file():
+                    yield MeasureTask(
+                        unit=str(plan.units / name),
+                        target=str(plan.rows / name),
+                        first_line=first_line,
+                        instructions=tuple(instructions[text] for text in unit["instructions"]),
+                        task_type=task_type,
+                        group_size=group_size,
+                        shards=text_shards,
+                        edges=settings.preprocess.bucket_edges,
+                        tokens=pt.tokens,
+                        limits=Limits.from_settings(settings.preprocess),
+                        instruction_lengths=tuple(instruction_lengths),
+                    )
+
+    run_tasks(pool, measure_unit, measure_tasks(), "C  measure rows", plan.bars, sum(len(found) for found in reports))
+    targets = _row_files(plan)
+    done = [plan.reports / f"{target.name}.json" for target in targets]
+    tasks = (
+        JoinTask(
+            units=tuple(str(plan.rows / name) for name in found),
+            target=str(target),
+            report=str(report),
+            num_texts=starts[-1],
+            scored=any(unit["scored"] for unit in found.values()),
+        )
+        for found, target, report in zip(reports, targets, done, strict=True)
+        if not (target.is_file() and report.is_file())
+    )
+    run_tasks(pool, join_units, tasks, "C  write row tables", plan.bars, len(targets))
+    joined = [_read_json(report) for report in done]
+    entries = [
+        _dataset_entry(source, found, report, task_type, group_size)
+        for source, found, report, task_type, group_size in zip(
+            plan.sources, reports, joined, types, group_sizes, strict=True
+        )
+    ]
+    files = [
+        StoredFile(target.name, report["num_rows"], report["num_bytes"], report["sha256"])
+        for target, report in zip(targets, joined, strict=True)
+    ]
+    return list(zip(entries, files, strict=True))
+
+
+def _dataset_entry(
+    source: Source, found: UnitReports, report: dict[str, Any], task_type: str, group_size: int
+) -> DatasetEntry:
+    left_out = {
+        "quarantined": sum(len(unit["quarantine"]) for unit in found.values()),
+        "blank_lines": sum(unit["num_blank"] for unit in found.values()),
+    }
+    return DatasetEntry(
         name=source.dataset.name,
         task_type=task_type,
         source=source.record,
         instruction=source.dataset.instruction,
         group_size=group_size,
-        counts=counts,
-        histograms=histograms,
-        bucket_offsets=bucket_offsets,
+        counts=report["counts"] | left_out,
+        histograms=report["histograms"],
+        bucket_offsets=tuple(report["bucket_offsets"]),
     )
-    return entry, _stored(path, counts["rows"])
 
 
-def _row_file_name(source: Source) -> str:
-    return "rows-" + re.sub(r"[^\w.-]", "_", source.dataset.name) + ".arrow"
+def _row_files(plan: BuildPlan) -> list[Path]:
+    """The row file of every dataset; ValueError where two names give the same one."""
+    names: dict[str, str] = {}
+    for source in plan.sources:
+        file = "rows-" + re.sub(r"[^\w.-]", "_", source.dataset.name) + ".safetensors"
+        if file in names:
+            raise ValueError(
+                f"data.datasets: {names[file]!r} and {source.dataset.name!r} give the same file {file}; rename one"
+            )
+        names[file] = source.dataset.name
+    return [plan.target / file for file in names]
 
 
 def _require_room(

@@ -2,10 +2,10 @@
 
     manifest.json          what the store is made of and for; checksums of all other files
     texts-00000.arrow ...  hash, text and pieces; text ids count through the shards in order
-    rows-<dataset>.arrow   rows of one dataset, contiguous by length bucket
+    rows-<dataset>.safetensors   rows of one dataset as columns of numbers, contiguous by length bucket
     quarantine.jsonl       rows that could not be used: {file, line, reason, start}
 
-Files are Arrow IPC with one record batch each, read through memory maps: opening a store reads no rows.
+Text files are Arrow IPC with one record batch each. All are read through memory maps: opening a store reads no rows.
 """
 
 import hashlib
@@ -19,13 +19,14 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from pipeline.data.columns import open_columns
 from pipeline.data.pieces import KINDS
 from pipeline.data.tokenizing import PromptTokens, tokens_from_json, tokens_to_json
 from pipeline.files import file_sha256
 from pipeline.prompts import get_template
 from pipeline.settings import PreprocessSettings, Settings
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 REBUILD = "python pipeline/preprocess.py --config RECIPE.yaml --overwrite"
 LIMIT_NAMES = (
@@ -331,27 +332,24 @@ def hashes_as_numpy(column: pa.FixedSizeBinaryArray) -> np.ndarray:
 
 
 def _open_table(path: Path, entry: DatasetEntry) -> DatasetTable:
-    batch = read_batch(path)
-    names = set(batch.schema.names)
-    pos, neg = batch.column("pos_text"), batch.column("neg_text")
-
-    def scores(name: str) -> np.ndarray | None:
-        return batch.column(name).values.to_numpy() if name in names else None
-
-    return DatasetTable(
-        name=entry.name,
-        task_type=entry.task_type,
-        num_rows=batch.num_rows,
-        query_text_N=batch.column("query_text").to_numpy(),
-        instruction_N=batch.column("instruction").to_numpy(),
-        category_text_N=batch.column("category_text").to_numpy(),
-        pos_offsets=pos.offsets.to_numpy(),
-        pos_text=pos.values.to_numpy(),
-        pos_score=scores("pos_score"),
-        neg_offsets=neg.offsets.to_numpy(),
-        neg_text=neg.values.to_numpy(),
-        neg_score=scores("neg_score"),
-        length_N=batch.column("length").to_numpy(),
-        bucket_offsets=np.array(entry.bucket_offsets, dtype=np.int64),
-        source_line_N=batch.column("source_line").to_numpy(),
-    )
+    try:
+        columns = open_columns(path)
+        return DatasetTable(
+            name=entry.name,
+            task_type=entry.task_type,
+            num_rows=len(columns["query_text"]),
+            query_text_N=columns["query_text"],
+            instruction_N=columns["instruction"],
+            category_text_N=columns["category_text"],
+            pos_offsets=columns["pos_offsets"],
+            pos_text=columns["pos_text"],
+            pos_score=columns.get("pos_score"),
+            neg_offsets=columns["neg_offsets"],
+            neg_text=columns["neg_text"],
+            neg_score=columns.get("neg_score"),
+            length_N=columns["length"],
+            bucket_offsets=np.array(entry.bucket_offsets, dtype=np.int64),
+            source_line_N=columns["source_line"],
+        )
+    except (ValueError, KeyError) as error:
+        raise ValueError(f"{error}; rebuild the store: {REBUILD}") from error
