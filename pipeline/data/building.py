@@ -21,7 +21,7 @@ from typing import Any
 
 from pipeline.data.composing import Limits, compose_query, compose_wrapped
 from pipeline.data.joining import check_joined
-from pipeline.data.parallel import open_pool, run_tasks
+from pipeline.data.parallel import run_tasks
 from pipeline.data.pieces import KINDS
 from pipeline.data.quality import require_usable, write_quarantine
 from pipeline.data.raw import BLOCK_BYTES, Block, is_gzip, iter_blocks
@@ -56,7 +56,10 @@ from pipeline.settings import PreprocessSettings, Settings
 log = logging.getLogger(__name__)
 
 PARTITION_BYTES = 4 << 20
+# Every partition reads a part of every unit, so both are few: larger inputs have larger ones.
 _MAX_PARTITIONS = 4096
+_MAX_UNITS = 4096
+_MAX_BLOCK_BYTES = 64 << 20  # what a process holds of raw text, several times over
 _GZIP_RATIO = 4
 
 
@@ -90,19 +93,20 @@ class BuildPlan:
 
 def build_store(
     settings: Settings,
-    processes: int,
+    pool: Executor | None = None,
     overwrite: bool = False,
     bars: bool = False,
-    block_bytes: int = BLOCK_BYTES,
+    block_bytes: int | None = None,
     partition_bytes: int = PARTITION_BYTES,
 ) -> tuple[Manifest, bool]:
     """Build the token store of a recipe at settings.data.store.
 
     Args:
-        processes: changes the time, never the result.
+        pool: from `open_pool`; changes the time, never the result. None: all in this process.
         overwrite: replace a store made from other settings or raw files.
         bars: show progress bars.
-        block_bytes, partition_bytes: size of a unit of raw lines, and of the raw text behind one text shard.
+        block_bytes, partition_bytes: size of a unit of raw lines, and of the raw text behind one text shard. By
+            default they go with the size of the input.
 
     Returns:
         the manifest, and whether the store was built (False: it was there already and is up to date).
@@ -110,14 +114,12 @@ def build_store(
     Raises:
         ValueError: for everything a user can cause; no store is left behind then.
     """
-    # One thread a process: the processes are the parallelism.
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
     store = Path(settings.data.store)
     files = [find_source(settings, dataset) for dataset in settings.data.datasets]
     if not files:
         raise ValueError("data.datasets is empty; name at least one raw file there")
     # Loading the tokenizer takes seconds: other processes parse rows meanwhile.
-    with open_pool(processes) as pool, ThreadPoolExecutor(1) as thread:
+    with ThreadPoolExecutor(1) as thread:
         template = get_template(settings.preprocess.template)
         loading = thread.submit(load_tokenizer, settings.tokenizer_name, template)
         digests = run_tasks(pool, file_sha256, files, "checksums of raw files", bars, len(files))
@@ -125,12 +127,13 @@ def build_store(
             Source(dataset, path, path.stat().st_size, digest)
             for dataset, path, digest in zip(settings.data.datasets, files, digests, strict=True)
         )
+        text_bytes = sum(s.num_bytes * (_GZIP_RATIO if is_gzip(s.path) else 1) for s in sources)
+        block_bytes = block_bytes or min(max(BLOCK_BYTES, text_bytes // _MAX_UNITS), _MAX_BLOCK_BYTES)
         raw = raw_identity(sources, block_bytes, partition_bytes)
         if store.exists() and not is_empty(store):
             require_store(store)
         if not overwrite and store.exists() and not is_empty(store):
             return require_up_to_date(store, full_identity(raw, settings, sources, loading.result())), False
-        text_bytes = sum(s.num_bytes * (_GZIP_RATIO if is_gzip(s.path) else 1) for s in sources)
         num_partitions = min(max(-(-text_bytes // partition_bytes), 1), _MAX_PARTITIONS)
         work = store.with_name(store.name + ".partial")
         plan = BuildPlan(settings, sources, work, num_partitions, block_bytes, bars)

@@ -156,9 +156,10 @@ class TokenStore:
         """int64 lengths of the stored pieces of these texts."""
         text_ids = np.asarray(text_ids, dtype=np.int64)
         lengths = np.empty(len(text_ids), dtype=np.int64)
-        shard_of = np.searchsorted(self.shard_starts, text_ids, side="right") - 1
-        for s in np.unique(shard_of).tolist():
-            here = shard_of == s
+        order = np.argsort(text_ids, kind="stable")
+        edges = np.searchsorted(text_ids[order], self.shard_starts)
+        for s in np.flatnonzero(np.diff(edges)).tolist():
+            here = order[edges[s] : edges[s + 1]]
             index, offsets = text_ids[here] - self.shard_starts[s], self.shards[s].offsets[kind]
             lengths[here] = offsets[index + 1] - offsets[index]
         assert lengths.all(), f"a text is not stored as {kind}"
