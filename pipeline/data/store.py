@@ -197,7 +197,7 @@ def open_store(path: str | Path, verify: bool = True) -> TokenStore:
     _check_files(path, manifest.files, read_all=verify)
     shards = tuple(_open_shard(path / file.name) for file in manifest.text_files)
     datasets = tuple(
-        _open_table(path / file.name, entry) for file, entry in zip(manifest.row_files, manifest.datasets, strict=True)
+        open_table(path / file.name, entry) for file, entry in zip(manifest.row_files, manifest.datasets, strict=True)
     )
     starts = np.cumsum([0, *[file.num_items for file in manifest.text_files]], dtype=np.int64)
     return TokenStore(path, manifest, datasets, shards, starts)
@@ -332,7 +332,8 @@ def hashes_as_numpy(column: pa.FixedSizeBinaryArray) -> np.ndarray:
     return raw[column.offset : column.offset + len(column)]
 
 
-def _open_table(path: Path, entry: DatasetEntry) -> DatasetTable:
+def open_table(path: Path, entry: DatasetEntry) -> DatasetTable:
+    """The rows of one dataset as views of the mapped file; ValueError if it is not such a file."""
     try:
         columns = open_columns(path)
         return DatasetTable(
