@@ -11,8 +11,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import yaml
 import zstandard
-from samples import sample_rows
+from samples import REPOSITORY, sample_rows
 
 from pipeline.data import building
 from pipeline.data.beir import join_title
@@ -306,7 +307,7 @@ def fake_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any,
 
     def load(name: str, config: str | None, **options: Any) -> Any:
         calls.append((name, config, options["split"], options.pop("revision"), options["streaming"]))
-        if name != "owner/pairs":
+        if name not in ("owner/pairs", "sentence-transformers/all-nli"):
             raise datasets.exceptions.DatasetNotFoundError(f"Dataset {name!r} doesn't exist on the Hub")
         return real("json", data_files={"train": file}, cache_dir=str(tmp_path / "cache"), **options)
 
@@ -346,6 +347,38 @@ def test_hub_errors_name_the_dataset(fake_hub: list[tuple[Any, ...]], settings_o
             ),
             1,
         )
+
+
+# The README.
+
+
+def test_the_recipe_of_the_readme_is_read(tmp_path: Path, beir: Path, fake_hub: list[Any], build: Build) -> None:
+    text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    data = yaml.safe_load(text.split("## Sources")[1].split("```yaml\n")[1].split("```")[0])["data"]
+    raw = tmp_path / "raw"
+    write(raw / "bge-data/nq.jsonl", ROWS[:20])
+    write(raw / "bge-data/fever.jsonl.zst", ROWS[20:40])
+    (raw / "beir/corpus.jsonl").write_bytes((beir / "corpus.jsonl").read_bytes().removesuffix(b"broken\n"))
+    (raw / "beir/qrels/train.tsv").write_text("q0\td0\t1\n")
+    beir.rename(tmp_path / "fiqa")
+    (raw / "beir").mkdir()
+    (tmp_path / "fiqa").rename(raw / "beir/fiqa")
+    # The name on the hub holds what every name holds here: pairs with one negative in `negative`.
+    triplets = [{"anchor": r["query"], "positive": r["pos"][0], "negative": r["neg"][0]} for r in ROWS[:30]]
+    write(tmp_path / "hub/pairs.jsonl", triplets)
+    mined = [{"question": r["query"], "answer": r["pos"][0], "negative_1": r["neg"][0], "type": 7} for r in ROWS[40:]]
+    for i, part in enumerate((mined[:9], mined[9:])):
+        write(raw / f"mined/part-{i}.parquet", part)
+    store, _ = build(*data["datasets"])
+    found = {t.name: (t.num_rows, t.task_type) for t in store.datasets}
+    assert found == {
+        "bge/fever": (20, "normal"),
+        "bge/nq": (20, "normal"),
+        "fiqa": (1, "normal"),
+        "nli": (30, "only_1neg"),
+        "mined": (20, "normal"),
+    }
+    assert stored_rows(store, 4) == plain(PAIR_ROWS[40:])
 
 
 # Errors.

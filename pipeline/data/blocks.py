@@ -169,10 +169,10 @@ def read_rows(block: Block) -> Iterator[RawRow]:
         if block.start == 0 and lines:
             lines[0] = lines[0].removeprefix(_BOM)
         for line in lines:
-            values = parse_line(line) if line.strip() else None
-            if block.kind == "beir" and isinstance(values, dict):
-                values = values.get(FAULT, values)
-            yield RawRow(values, line, b"\\u" in line)
+            found = parse_line(line) if line.strip() else None
+            if block.kind == "beir" and isinstance(found, dict):
+                found = found.get(FAULT, found)
+            yield RawRow(found, line, b"\\u" in line)
     if block.data is None:
         _require_unchanged(block.path, block.num_bytes, block.mtime_ns)
 

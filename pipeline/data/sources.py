@@ -13,7 +13,7 @@ from pipeline.data.blocks import FileState, Kind, RawFile, file_state
 from pipeline.data.columnar import arrow_columns, parquet_columns
 from pipeline.data.hub import hub_files, is_saved, saved_files
 from pipeline.data.jsonl import read_head
-from pipeline.data.raw import RowRules, parse_line, require_columns
+from pipeline.data.raw import RowRules, find_columns, parse_line, require_columns
 from pipeline.data.store import FORMAT_VERSION, MANIFEST, Manifest, limits_dict, open_store, read_manifest
 from pipeline.data.tokenizing import PromptTokenizer
 from pipeline.datatypes import RULES
@@ -51,11 +51,11 @@ class Source:
     @property
     def record(self) -> dict[str, Any]:
         """What the manifest keeps: all that training needs to find the entry, and no folder of this machine."""
-        files = [
-            {"name": _part_name(file, part), "bytes": part.num_bytes, "sha256": part.sha256}
-            for file in self.files
-            for part in file.parts
-        ]
+        files: list[dict[str, Any]] = []
+        for file in self.files:
+            files += [
+                {"name": _part_name(file, part), "bytes": part.num_bytes, "sha256": part.sha256} for part in file.parts
+            ] or [{"name": file.name, "bytes": 0, "sha256": ""}]  # streamed: its commit stands in the name
         return {"entry": self.entry, "no_in_batch_neg": self.no_in_batch_neg, "files": files}
 
 
@@ -109,7 +109,7 @@ def _find(root: Path, dataset: DatasetSettings) -> list[Source]:
         Source(
             dataset=replace(dataset, name=name),
             entry=dataset.name,
-            no_in_batch_neg=_marked(base.name) or all(_marked(_stem(path.name)) for path in some),
+            no_in_batch_neg=_marked(base.name) or all(_any_marked(relative[path]) for path in some),
             place=str(base / (relative[some[0]] if len(some) == 1 else dataset.path)),
             files=tuple(_raw_file(path, relative[path], dataset, where) for path in some),
         )
@@ -135,7 +135,7 @@ def _whole_folder(path: Path, dataset: DatasetSettings, where: str) -> Source:
     """A BEIR folder or a folder of save_to_disk."""
     if dataset.merge_files:
         raise ValueError(f"{where}: merge_files is for folders of data files; this is one dataset: leave it out")
-    name = path.resolve().name
+    name = path.name
     if is_beir(path):
         if dataset.columns != ColumnSettings():
             raise ValueError(f"{where}: the columns of a BEIR folder are fixed; leave columns out")
@@ -181,12 +181,18 @@ def _raw_file(path: Path, name: str, dataset: DatasetSettings, where: str) -> Ra
 
 def _look_at_head(path: Path, kind: Kind, dataset: DatasetSettings) -> None:
     """Query and positives must be found in the first rows; a column that comes later is looked for at the end."""
-    lines = [line for line in read_head(str(path), kind) if line.strip()]
-    rows = [row for line in lines if isinstance(row := parse_line(line), dict)]
     where = f"dataset {dataset.name!r}: {path}"
-    if rows:
-        needed = ColumnSettings(query=dataset.columns.query, pos=dataset.columns.pos)
-        require_columns(needed, list(dict.fromkeys(name for row in rows for name in row)), where)
+    needed = ColumnSettings(query=dataset.columns.query, pos=dataset.columns.pos)
+    lines = [line for line in read_head(str(path), kind) if line.strip()]
+    present: dict[str, None] = {}
+    for line in lines:
+        if isinstance(row := parse_line(line), dict):
+            present |= dict.fromkeys(row)
+            found = find_columns(needed, tuple(present))
+            if found["query"] and found["pos"]:
+                return
+    if present:
+        require_columns(needed, list(present), where)
     elif lines and lines[0].lstrip().startswith(b"["):
         raise ValueError(f"{where}: holds one JSON list, not one row a line; write it again as JSON lines")
 
@@ -203,6 +209,11 @@ def _stem(name: str) -> str:
 
 def _marked(stem: str) -> bool:
     return stem.endswith(NO_IN_BATCH)
+
+
+def _any_marked(relative: str) -> bool:
+    path = Path(relative)
+    return _marked(_stem(path.name)) or any(_marked(part) for part in path.parts[:-1])
 
 
 def _data_files(paths: Sequence[Path], where: str) -> list[Path]:
