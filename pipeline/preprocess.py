@@ -1,8 +1,10 @@
 """Turn raw rows into a token store: distinct texts tokenized once, rows in length buckets, a manifest.
 
-Raw files are JSONL (or .jsonl.gz) in FlagEmbedding's form: query, pos[], neg[], and optionally pos_scores, neg_scores,
-prompt, type, category. Rows that cannot be used are left out and listed in quarantine.jsonl with the reason. An
-interrupted run goes on where it stopped; the result is the same bytes for any number of processes.
+Raw rows have FlagEmbedding's form: query, pos[], neg[], and optionally pos_scores, neg_scores, prompt, type, category.
+They are read from .jsonl (also .gz and .zst) and .parquet files, folders and globs of them (each file a dataset),
+folders of Hugging Face's save_to_disk, hub names (hf://owner/name) and BEIR folders; `columns` of a dataset maps other
+names. Rows that cannot be used are left out and listed in quarantine.jsonl with the reason. An interrupted run goes on
+where it stopped; the result is the same bytes for any number of processes.
 
 On many nodes the same command runs as an MPI job: the first rank hands out the work, the others do it, one core each.
 The store's folder must then be on a file system that all nodes see.
@@ -24,6 +26,7 @@ EPILOG = """examples:
   python pipeline/preprocess.py --config examples/quickstart/recipe.yaml
   python pipeline/preprocess.py --config recipe.yaml --processes 16
   python pipeline/preprocess.py --config recipe.yaml preprocess.max_passage_tokens=256 data.store=/data/store-256
+  python pipeline/preprocess.py --config recipe.yaml "data.datasets=[{name: nq, path: nq.parquet}]"
   python pipeline/preprocess.py --config recipe.yaml --overwrite      replace a store made with other settings
   mpiexec -n 65 python pipeline/preprocess.py --config recipe.yaml    64 ranks work, one hands out
   srun --mpi=pmi2 --ntasks=257 python pipeline/preprocess.py --config recipe.yaml

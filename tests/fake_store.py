@@ -123,6 +123,8 @@ def make_table(
         length_N=np.full(len(rows), 10, dtype=np.int32),
         bucket_offsets=np.array([0, *np.cumsum(list(buckets)), len(rows)], dtype=np.int64),
         source_line_N=np.arange(1, len(rows) + 1, dtype=np.int64),
+        entry=name,
+        no_in_batch_neg=False,
     )
 
 

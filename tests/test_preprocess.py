@@ -19,6 +19,7 @@ from pipeline.data import building
 from pipeline.data.building import build_store
 from pipeline.data.joining import check_joined
 from pipeline.data.parallel import open_pool
+from pipeline.data.sources import find_sources
 from pipeline.data.store import TokenStore, open_store
 from pipeline.data.tokenizing import PromptTokenizer, load_tokenizer
 from pipeline.preprocess import main
@@ -93,8 +94,8 @@ def test_interrupted_build_goes_on_and_gives_the_same_bytes(
 
 
 def tiny_units(recipe: Path) -> list[Any]:
-    files = [path for path in (recipe.parent / "raw").iterdir()]
-    return [block for path in files for block in building.iter_blocks(path, SMALL["block_bytes"])]
+    files = [file for source in find_sources(load_settings(recipe)) for file in source.files]
+    return [block for file in files for block in building.iter_blocks(file, SMALL["block_bytes"])]
 
 
 def test_killed_process_leaves_no_store_and_the_next_one_finishes(tiny_recipe: Recipe) -> None:

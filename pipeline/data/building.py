@@ -19,22 +19,23 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+from pipeline.data.blocks import BLOCK_BYTES, Block, RawFile, add_checksum, iter_blocks
 from pipeline.data.composing import Limits, compose_query, compose_wrapped
 from pipeline.data.joining import check_joined
 from pipeline.data.parallel import run_tasks
 from pipeline.data.pieces import KINDS
 from pipeline.data.quality import require_usable, write_quarantine
-from pipeline.data.raw import BLOCK_BYTES, Block, is_gzip, iter_blocks
 from pipeline.data.row_tables import HISTOGRAM_EDGES, JoinTask, MeasureTask, TextShards, join_units, measure_unit
 from pipeline.data.sources import (
     Source,
-    find_source,
+    find_sources,
     full_identity,
     group_size_of,
     is_empty,
     raw_identity,
     require_store,
     require_up_to_date,
+    with_checksums,
 )
 from pipeline.data.store import (
     FORMAT_VERSION,
@@ -60,7 +61,8 @@ PARTITION_BYTES = 4 << 20
 _MAX_PARTITIONS = 4096
 _MAX_UNITS = 4096
 _MAX_BLOCK_BYTES = 64 << 20  # what a process holds of raw text, several times over
-_GZIP_RATIO = 4
+_TEXT_PER_BYTE = {"gzip": 4, "zstd": 4, "parquet": 3}  # of a file, about; of others 1
+_HUB_BYTES = 4 << 30  # of a dataset that is streamed: its size is not known
 
 
 @dataclass(frozen=True)
@@ -115,19 +117,17 @@ def build_store(
         ValueError: for everything a user can cause; no store is left behind then.
     """
     store = Path(settings.data.store)
-    files = [find_source(settings, dataset) for dataset in settings.data.datasets]
-    if not files:
+    if not settings.data.datasets:
         raise ValueError("data.datasets is empty; name at least one raw file there")
+    found = find_sources(settings)
     # Loading the tokenizer takes seconds: other processes parse rows meanwhile.
     with ThreadPoolExecutor(1) as thread:
         template = get_template(settings.preprocess.template)
         loading = thread.submit(load_tokenizer, settings.tokenizer_name, template)
-        digests = run_tasks(pool, file_sha256, files, "checksums of raw files", bars, len(files))
-        sources = tuple(
-            Source(dataset, path, path.stat().st_size, digest)
-            for dataset, path, digest in zip(settings.data.datasets, files, digests, strict=True)
-        )
-        text_bytes = sum(s.num_bytes * (_GZIP_RATIO if is_gzip(s.path) else 1) for s in sources)
+        parts = list(dict.fromkeys(part for source in found for file in source.files for part in file.parts))
+        states = run_tasks(pool, add_checksum, parts, "checksums of raw files", bars, len(parts))
+        sources = with_checksums(found, {state.path: state for state in states})
+        text_bytes = sum(_text_bytes(file) for source in sources for file in source.files)
         block_bytes = block_bytes or min(max(BLOCK_BYTES, text_bytes // _MAX_UNITS), _MAX_BLOCK_BYTES)
         raw = raw_identity(sources, block_bytes, partition_bytes)
         if store.exists() and not is_empty(store):
@@ -150,6 +150,11 @@ def build_store(
             # Before the lock goes: another process may be waiting to build in this folder.
             shutil.rmtree(work)
     return manifest, True
+
+
+def _text_bytes(file: RawFile) -> int:
+    """About how much text a file holds."""
+    return _HUB_BYTES if file.kind == "hub" else file.num_bytes * _TEXT_PER_BYTE.get(file.kind, 1)
 
 
 @contextmanager
@@ -200,7 +205,7 @@ def _build(
     tables = _build_tables(plan, pt, reports, shards, instructions, [len(piece) for piece in pieces], pool)
     quarantine = plan.target / "quarantine.jsonl"
     num_bad = write_quarantine(
-        quarantine, [(s.path.name, list(f.values())) for s, f in zip(plan.sources, reports, strict=True)]
+        quarantine, [(source, list(found.values())) for source, found in zip(plan.sources, reports, strict=True)]
     )
     p, template = plan.settings.preprocess, pt.template
     manifest = Manifest(
@@ -236,20 +241,21 @@ def _build_units(plan: BuildPlan, pool: Executor | None, loading: Future[PromptT
 
     def tasks() -> Iterator[UnitTask]:
         for number, source in enumerate(plan.sources):
-            for i, block in enumerate(iter_blocks(source.path, plan.block_bytes)):
-                name = f"{number:04d}-{i:07d}"
-                names[number].append(name)
-                if loading.done():
-                    loading.result()
-                if not (plan.units / f"{name}.json").is_file():
-                    yield _unit_task(plan, source, name, block)
+            for file_number, file in enumerate(source.files):
+                for i, block in enumerate(iter_blocks(file, plan.block_bytes)):
+                    name = f"{number:04d}-{file_number:05d}-{i:07d}"
+                    names[number].append(name)
+                    if loading.done():
+                        loading.result()
+                    if not (plan.units / f"{name}.json").is_file():
+                        yield _unit_task(plan, source, name, file_number, block)
 
-    total = sum(-(-source.num_bytes // plan.block_bytes) for source in plan.sources)
+    total = sum(-(-_text_bytes(file) // plan.block_bytes) for source in plan.sources for file in source.files)
     run_tasks(pool, build_unit, tasks(), "A  parse and hash rows", plan.bars, total)
     reports = [{name: _read_json(plan.units / f"{name}.json") for name in some} for some in names]
     for source, found in zip(plan.sources, reports, strict=True):
         share = plan.settings.preprocess.max_bad_row_share
-        require_usable(source.dataset.name, source.path, list(found.values()), share)
+        require_usable(source, list(found.values()), share)
     return reports
 
 
@@ -257,9 +263,8 @@ def _read_json(path: Path) -> dict[str, Any]:
     return dict(json.loads(path.read_text(encoding="utf-8")))
 
 
-def _unit_task(plan: BuildPlan, source: Source, name: str, block: Block) -> UnitTask:
-    dataset = source.dataset
-    return UnitTask(str(plan.units), name, block, dataset.type, dataset.instruction, plan.num_partitions)
+def _unit_task(plan: BuildPlan, source: Source, name: str, file: int, block: Block) -> UnitTask:
+    return UnitTask(str(plan.units), name, file, block, source.rules, plan.num_partitions)
 
 
 def _build_shards(

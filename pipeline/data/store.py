@@ -54,7 +54,9 @@ class DatasetEntry:
 
     name: str
     task_type: str
-    source: dict[str, Any]  # name (without folder), bytes, sha256 of the raw file
+    # entry: name of the recipe's entry; no_in_batch_neg: a file or folder is named so; files: name (without the folder
+    # of the machine), bytes and sha256 of each raw file.
+    source: dict[str, Any]
     instruction: str  # of rows without their own
     group_size: int  # that the length key reckons with
     counts: dict[str, int]
@@ -107,7 +109,9 @@ class DatasetTable:
     neg_score: np.ndarray | None
     length_N: np.ndarray  # int32: zero-shot query + longest positive + expected negatives, in tokens
     bucket_offsets: np.ndarray  # int64: bucket j holds rows bucket_offsets[j] : bucket_offsets[j + 1]
-    source_line_N: np.ndarray  # int64, 1-based line in the raw file
+    source_line_N: np.ndarray  # int64, 1-based line (or row) counted through the raw files in order
+    entry: str  # the recipe's entry that it comes from: of a folder many datasets come
+    no_in_batch_neg: bool  # the name of a raw file or folder says that its rows are no negatives for each other
 
 
 @dataclass(frozen=True)
@@ -241,9 +245,9 @@ def require_match(store: TokenStore, settings: Settings, fingerprint: str) -> No
     pairs["preprocess.bucket_edges"] = (tuple(manifest.bucket_edges), tuple(wanted.bucket_edges))
     instructions = {d.name: d.instruction for d in settings.data.datasets}
     pairs |= {
-        f"instruction of dataset {d.name}": (d.instruction, instructions[d.name])
+        f"instruction of dataset {d.name}": (d.instruction, instructions[d.source["entry"]])
         for d in manifest.datasets
-        if d.name in instructions
+        if d.source["entry"] in instructions
     }
     differing = [f"  {name}: store {a}, recipe {b}" for name, (a, b) in pairs.items() if a != b]
     if differing:
@@ -352,6 +356,8 @@ def open_table(path: Path, entry: DatasetEntry) -> DatasetTable:
             length_N=columns["length"],
             bucket_offsets=np.array(entry.bucket_offsets, dtype=np.int64),
             source_line_N=columns["source_line"],
+            entry=entry.source["entry"],
+            no_in_batch_neg=entry.source["no_in_batch_neg"],
         )
     except (ValueError, KeyError) as error:
         raise ValueError(f"{error}; rebuild the store: {REBUILD}") from error
