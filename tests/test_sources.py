@@ -18,6 +18,7 @@ from samples import REPOSITORY, sample_rows
 from pipeline.data import building
 from pipeline.data.beir import join_title
 from pipeline.data.building import build_store
+from pipeline.data.parallel import open_pool
 from pipeline.data.raw_rows import raw_row
 from pipeline.data.schedule import make_schedule
 from pipeline.data.sources import find_sources
@@ -58,7 +59,7 @@ def settings_of(tiny_recipe: Callable[..., Path]) -> Callable[..., Settings]:
 def build(settings_of: Callable[..., Settings]) -> Build:
     def run(*entries: dict[str, Any], sizes: dict[str, int] = SMALL, **options: Any) -> tuple[TokenStore, Settings]:
         settings = settings_of(*entries, **options)
-        build_store(settings, 1, **sizes)
+        build_store(settings, None, **sizes)
         return open_store(settings.data.store), settings
 
     return run
@@ -125,7 +126,8 @@ def test_every_format_gives_the_same_store_rows(tmp_path: Path, build: Build, na
     if not columns:
         return
     with_three = replace(settings, data=replace(settings.data, store=settings.data.store + "-3"))
-    build_store(with_three, 3, **SMALL)
+    with open_pool(3) as pool:
+        build_store(with_three, pool, **SMALL)
     files = [path.name for path in store.path.iterdir()]
     assert all((store.path / f).read_bytes() == (Path(with_three.data.store) / f).read_bytes() for f in files)
 
@@ -274,7 +276,7 @@ def test_beir_split_that_is_not_there(beir: Path, settings_of: Callable[..., Set
 def test_beir_judgement_that_is_none(beir: Path, settings_of: Callable[..., Settings]) -> None:
     (beir / "qrels/train.tsv").write_text("q0 0 d0 1\nq1 0 d0 1\n")
     with pytest.raises(ValueError, match=r"train\.tsv:2 must be `query-id<TAB>corpus-id<TAB>whole number`"):
-        build_store(settings_of({"name": "b", "path": "beir"}), 1)
+        build_store(settings_of({"name": "b", "path": "beir"}), None)
 
 
 # Hugging Face.
@@ -345,7 +347,7 @@ def test_hub_errors_name_the_dataset(fake_hub: list[tuple[Any, ...]], settings_o
                     "columns": PAIRS | {"pos": "answer"},
                 }
             ),
-            1,
+            None,
         )
 
 
@@ -453,7 +455,7 @@ def test_rows_that_stand_twice_in_a_mix_are_named(
     first = {"name": "first", "path": "folder/a.jsonl", "columns": PAIRS}
     for other in ("folder/a.jsonl", "b.jsonl", "folder"):
         with pytest.raises(ValueError, match=r"a\.jsonl of dataset 'first' and .* of dataset 'second.*the same bytes"):
-            build_store(settings_of(first, {"name": "second", "path": other, "columns": PAIRS}), 1)
+            build_store(settings_of(first, {"name": "second", "path": other, "columns": PAIRS}), None)
     back = {"name": "back", "path": "b.jsonl", "columns": {"query": "positive", "pos": "anchor"}}
     store, _ = build(first, back)
     assert [row["query"] for row in stored_rows(store, 1)] == [row["pos"][0] for row in plain(ROWS)]
@@ -472,9 +474,9 @@ def test_columns_and_split_belong_to_the_identity_of_a_store(
     write(tmp_path / "raw/p.jsonl", pairs(ROWS))
     entry = {"name": "p", "path": "p.jsonl", "columns": {"query": "anchor", "pos": "positive"}}
     build(entry)
-    assert build_store(settings_of(entry), 1, **SMALL)[1] is False
+    assert build_store(settings_of(entry), None, **SMALL)[1] is False
     with pytest.raises(ValueError, match=r"datasets.p.columns: store .*'positive'.*, now .*negative_1"):
-        build_store(settings_of(entry | {"columns": PAIRS}), 1, **SMALL)
+        build_store(settings_of(entry | {"columns": PAIRS}), None, **SMALL)
 
 
 def test_odd_rows_of_every_size_reach_the_store(tmp_path: Path, build: Build) -> None:
