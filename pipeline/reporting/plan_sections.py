@@ -1,0 +1,206 @@
+"""Sections about what training makes of the rows: examples that fit, groups, teacher scores, whole prompts."""
+
+import re
+from collections.abc import Sequence
+
+import numpy as np
+
+from pipeline.prompts import Template, render_passage, render_query
+from pipeline.reporting.charts import bar_chart
+from pipeline.reporting.measuring import MeasuredDataset, Report
+from pipeline.reporting.page import Section, count, details, escape, isolated, number, share, table
+from pipeline.reporting.page import words as text_cell
+from pipeline.reporting.plans import ShownCandidate, ShownPrompt, ShownText
+from pipeline.reporting.rows import median_size
+
+SHOWN_CHARACTERS = 6000  # of one text in a prompt
+_SIZES_SHOWN = 9  # sizes with a bar of their own; larger ones share the last
+
+
+def example_section(report: Report) -> Section:
+    """Whether the examples that a query asks for fit its prompt."""
+    examples, limit = report.schedule.examples, report.schedule.limits.max_prompt_tokens
+    if not examples.asked_for:
+        return Section("examples", "Examples that fit", "The recipe shows no examples in training.", "")
+    head = (
+        "dataset | plans sampled | queries | asked for | shown | dropped: prompt full | missing: no row to show | "
+        "shown a query | fit"
+    )
+    rows, cards = [], []
+    for d in report.datasets:
+        p = d.plans
+        found = p.num_shown + p.num_dropped
+        rows.append([
+            text_cell(d.entry.name), count(p.num_plans), count(p.num_queries), count(p.num_asked), count(p.num_shown),
+            count(p.num_dropped), count(p.num_missing), number(p.num_shown / p.num_queries if p.num_queries else None),
+            share(p.num_shown / found if found else None, heat=True),
+        ])  # fmt: skip
+        cards.append(_fit_card(d))
+    lead = (
+        f"A query asks for k examples; whole ones are dropped from the left until the prompt fits {limit:,} tokens. A "
+        "bar is the share of queries with k examples that can show all of them; its pale rest is what the limit takes. "
+        f"Mode <code>{escape(examples.mode)}</code>, from the first plans of each dataset."
+    )
+    return Section(
+        "examples",
+        "Examples that fit",
+        lead,
+        f'<div class="cards two">{"".join(cards)}</div>{table(head, rows, "fit")}',
+    )
+
+
+def _fit_card(d: MeasuredDataset) -> str:
+    fits = [fit for fit in d.plans.fits if fit.num_queries]
+    if not fits:
+        chart = '<p class="aside">no examples in the sampled plans</p>'
+    else:
+        shares = [fit.num_all_fit / fit.num_queries for fit in fits]
+        tips = [f"k = {fit.k}: {fit.num_all_fit:,} of {fit.num_queries:,} queries show all" for fit in fits]
+        labels = [f"k = {fit.k}" for fit in fits]
+        chart = bar_chart(labels, shares, tips, "share of queries whose k examples all fit", top=1.0)
+    kind = f'<span class="kind">{d.plans.num_queries:,} queries</span>'
+    return f'<div class="card"><h3>{isolated(d.entry.name)}{kind}</h3><figure>{chart}</figure></div>'
+
+
+def group_section(report: Report) -> Section:
+    """Positives and negatives a row, and teacher scores."""
+    cards = "".join(_group_card(d) for d in report.datasets)
+    head = (
+        "dataset | positives: least | median | mean | most | negatives: least | median | mean | most | rows without "
+        "| drawn a group"
+    )
+    rows = []
+    for d in report.datasets:
+        cells = [text_cell(d.entry.name)]
+        for sizes in (d.positives, d.negatives):
+            present = np.flatnonzero(sizes)
+            mean = float(sizes @ np.arange(len(sizes))) / int(sizes.sum())
+            cells += [count(int(present[0])), count(median_size(sizes)), number(mean), count(int(present[-1]))]
+        group = d.schedule.group_size - 1
+        rows.append([*cells, share(int(d.negatives[0]) / d.table.num_rows), count(group)])
+    lead = (
+        "How many texts a row lists. A visit draws one positive and up to “drawn a group” negatives. Counted in full."
+    )
+    body = f'<div class="cards">{cards}</div>{table(head, rows, "groups")}<h4>teacher scores</h4>{_teacher(report)}'
+    return Section("groups", "Groups and scores", lead, body)
+
+
+def _group_card(d: MeasuredDataset) -> str:
+    figures = "".join(
+        f"<figure>{_size_chart(sizes, side)}<figcaption>{side} a row</figcaption></figure>"
+        for side, sizes in (("positives", d.positives), ("negatives", d.negatives))
+    )
+    kind = f'<span class="kind">{d.table.num_rows:,} rows</span>'
+    return f'<div class="card"><h3>{isolated(d.entry.name)}{kind}</h3><div class="charts">{figures}</div></div>'
+
+
+def _size_chart(sizes: np.ndarray, side: str) -> str:
+    """Bars for 0, 1, 2, ... texts a row; what is larger shares the last bar."""
+    shown = sizes[:_SIZES_SHOWN].tolist()
+    labels = [str(i) for i in range(len(shown))]
+    if len(sizes) > _SIZES_SHOWN:
+        shown.append(int(sizes[_SIZES_SHOWN:].sum()))
+        labels.append(f"≥ {_SIZES_SHOWN}")
+    tips = [f"{label} {side}: {n:,} rows" for label, n in zip(labels, shown, strict=True)]
+    total = int(sizes.sum())
+    return bar_chart(labels, [n / total for n in shown], tips, f"{side} a row", top=None)
+
+
+def _teacher(report: Report) -> str:
+    scored = [(d, d.teacher) for d in report.datasets if d.teacher]
+    if not scored:
+        return "<p>No row has teacher scores: nothing is distilled.</p>"
+    head = (
+        "dataset | rows looked at | rows with scores | share | lowest | highest | mean softmax entropy, nats | if "
+        "uniform | certainty"
+    )
+    rows = [
+        [text_cell(d.entry.name), count(t.num_rows), count(t.num_scored), share(t.num_scored / t.num_rows),
+         number(t.lowest, ".4g"), number(t.highest, ".4g"), number(t.mean_entropy, ".3f"),
+         number(t.mean_uniform, ".3f"), share(1 - t.mean_entropy / t.mean_uniform if t.mean_uniform else None)]
+        for d, t in scored
+    ]  # fmt: skip
+    without = len(report.datasets) - len(scored)
+    rest = f" {without} datasets have none." if without else ""
+    return table(head, rows, "teacher") + (
+        '<p class="aside">Entropy of the softmax at temperature 1 over a row’s first positive and all its negatives; '
+        "near the uniform value the scores tell nothing apart, near 0 they act as a label. Certainty is 1 - entropy / "
+        f"uniform.{rest}</p>"
+    )
+
+
+def prompt_section(report: Report) -> Section:
+    """A few whole prompts of every dataset."""
+    parts = []
+    for number_of, d in enumerate(report.datasets):
+        prompts = "".join(_prompt(report.template, p) for p in d.prompts) or "<p>No step of it was found to show.</p>"
+        parts.append(
+            details(f"<b>{isolated(d.entry.name)}</b> {len(d.prompts)} prompts", prompts, is_open=number_of == 0)
+        )
+    lead = (
+        "The whole few-shot prompt of a query and the passages it is compared with. Template text is coloured, the "
+        "query itself is tinted, the rest is examples. Texts are shown whole; a badge tells where a text is cut and to "
+        "how many tokens, everything that counts towards its limit included. BOS and EOS are counted but not shown."
+    )
+    return Section("prompts", "Prompts", lead, "".join(parts))
+
+
+def _prompt(template: Template, shown: ShownPrompt) -> str:
+    examples = "no example" if not shown.examples else f"{len(shown.examples)} examples"
+    examples = "1 example" if len(shown.examples) == 1 else examples
+    title = f"<h4>{examples}, {shown.num_tokens:,} tokens (step {shown.step:,}, source line {shown.source_line:,})</h4>"
+    if shown.filler and shown.examples:
+        title += '<p class="aside">filler: the examples stand as blank lines of the same length</p>'
+    candidates = "".join(_candidate(template, c) for c in shown.candidates)
+    if shown.num_more_candidates:
+        candidates += f'<p class="aside">and {shown.num_more_candidates} more candidates</p>'
+    return title + f'<div class="prompt">{prompt_html(template, shown)}</div>{candidates}'
+
+
+def prompt_html(template: Template, shown: ShownPrompt) -> str:
+    """The prompt as HTML: its text content, badges aside, is what `render_query` gives."""
+    texts: list[str] = []
+
+    def place(code: str) -> str:
+        texts.append(code)
+        return f"\ue000{len(texts) - 1}\ue001"
+
+    def instruction(text: str) -> str:
+        return place(isolated(text, "shown")) if text else ""
+
+    examples = [
+        (instruction(e.instruction), place(_text(e.query, "shown")), place(_text(e.response, "shown")))
+        for e in ([] if shown.filler else shown.examples)
+    ]
+    own = (instruction(shown.instruction), place(_text(shown.query, "ask")))
+    return _fill(render_query(template, *own, examples), texts)
+
+
+def _candidate(template: Template, c: ShownCandidate) -> str:
+    role = "positive" if c.is_positive else "negative"
+    score = "" if c.score is None else f", teacher score {c.score:.4g}"
+    texts = [_text(c.passage, "")]
+    if c.instruction is None:
+        rendered = render_passage(template, "\ue0000\ue001")
+    else:
+        texts.append(isolated(c.instruction, "shown"))
+        rendered = render_query(template, "\ue0001\ue001" if c.instruction else "", "\ue0000\ue001")
+    summary = f'<span class="role {role}">{role}</span>, {c.num_tokens:,} tokens{score}'
+    return details(summary, f'<div class="prompt">{_fill(rendered, texts)}</div>', is_open=c.is_positive)
+
+
+def _fill(rendered: str, texts: Sequence[str]) -> str:
+    """Template text escaped and coloured, places filled with the HTML of their texts."""
+    parts = re.split("\ue000([0-9]+)\ue001", rendered)
+    literals = [f'<span class="lit">{escape(part)}</span>' if part else "" for part in parts[::2]]
+    filled = [texts[int(i)] for i in parts[1::2]]
+    return "".join(a + b for a, b in zip(literals, [*filled, ""], strict=True))
+
+
+def _text(shown: ShownText, css_class: str) -> str:
+    code = isolated(shown.text[:SHOWN_CHARACTERS], css_class)
+    if len(shown.text) > SHOWN_CHARACTERS:
+        code += f'<span class="cut">{len(shown.text) - SHOWN_CHARACTERS:,} more characters</span>'
+    if shown.is_cut:
+        code += f'<span class="cut">cut: {shown.num_uncut:,} → {shown.limit:,} tokens</span>'
+    return code
