@@ -52,14 +52,14 @@ def bin_place(value: int, edges: Sequence[int]) -> float:
     return len(edges) + min(1.0, math.log2(value / edges[-1]))
 
 
-def bar_chart(labels: Sequence[str], shares: Sequence[float], tips: Sequence[str], name: str, top: float | None) -> str:
-    """One bar a label; `top` is the share that the full height stands for (None: the largest)."""
+def bar_chart(labels: Sequence[str], shares: Sequence[float], tips: Sequence[str], name: str) -> str:
+    """One bar a label; the full height, drawn pale behind it, stands for a share of 1."""
     width = _bin_width(len(labels))
     ticks = [
         f'<text x="{_LEFT + width * (i + 0.5):.1f}" y="{HEIGHT - 5}">{escape(label)}</text>'
         for i, label in enumerate(labels)
     ]
-    return _svg(_bars(shares, tips, top) + "".join(ticks), name)
+    return _svg(_bars(shares, tips, top=1.0) + "".join(ticks), name)
 
 
 def _bin_width(num_bins: int) -> float:
@@ -67,7 +67,7 @@ def _bin_width(num_bins: int) -> float:
 
 
 def _bars(shares: Sequence[float], tips: Sequence[str], top: float | None) -> str:
-    """Bars with their per cent above them, on a base line."""
+    """Bars with their per cent above them, on a base line; `top` None: the largest share has the full height."""
     width, full = _bin_width(len(shares)), HEIGHT - _TOP - _BOTTOM
     scale = full / (top or max(shares) or 1.0)
     parts = []
@@ -86,6 +86,9 @@ def _bars(shares: Sequence[float], tips: Sequence[str], top: float | None) -> st
 
 
 def _short(share: float) -> str:
+    """A share above a bar, in whole per cent; 100% only for all."""
+    if 0.995 <= share < 1:
+        return "&gt;99%"
     return "&lt;1%" if share < 0.005 else f"{share:.0%}"
 
 

@@ -42,6 +42,7 @@ class MeasuredDataset:
     table: DatasetTable
     schedule: DatasetSchedule
     texts: DatasetTexts
+    instructions: tuple[tuple[int, int], ...]  # (index into the store's instructions, rows), most used first
     positives: np.ndarray  # int64: rows with 0, 1, 2, ... positives
     negatives: np.ndarray
     teacher: TeacherScores | None
@@ -91,6 +92,7 @@ def measure(
             table=table,
             schedule=schedule.datasets[d],
             texts=dataset_texts(table, stride),
+            instructions=_instructions(table),
             positives=count_sizes(table.pos_offsets),
             negatives=count_sizes(table.neg_offsets),
             teacher=teacher_scores(table),
@@ -121,6 +123,13 @@ def measure(
         bad_reasons=bad_reasons,
         bad_rows=bad_rows,
     )
+
+
+def _instructions(table: DatasetTable) -> tuple[tuple[int, int], ...]:
+    """How many rows have each instruction."""
+    count = np.bincount(table.instruction_N)
+    order = np.argsort(-count, kind="stable")
+    return tuple((int(i), int(count[i])) for i in order if count[i])
 
 
 def _each(function: Callable[[Task], Result], tasks: Iterable[Task], title: str, bars: bool) -> list[Result]:

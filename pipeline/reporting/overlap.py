@@ -140,7 +140,8 @@ def find_overlap(training: TrainingTexts, evaluation: EvaluationTexts) -> Overla
         for known in (evaluation.queries, evaluation.corpus)
     ]
     shown = dict.fromkeys(i for ids, found in pairs for i in ids[np.flatnonzero(found)[:SHOWN_TEXTS]].tolist())
-    return Overlap(*(int(found.sum()) for _, found in pairs), shown=tuple(shown)[:SHOWN_TEXTS])
+    counts = [int(found.sum()) for _, found in pairs]
+    return Overlap(counts[0], counts[1], counts[2], counts[3], tuple(shown)[:SHOWN_TEXTS])
 
 
 def share_of_queries_seen(training: Sequence[TrainingTexts], evaluation: EvaluationTexts) -> float:

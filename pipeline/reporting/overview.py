@@ -2,13 +2,27 @@
 
 from datetime import datetime, timezone
 
-from pipeline.reporting.measuring import MeasuredDataset, Report
-from pipeline.reporting.page import Section, bar, count, escape, facts, isolated, number, percent, shorten, table, tiles
+from pipeline.reporting.measuring import Report
+from pipeline.reporting.page import (
+    Section,
+    bar,
+    count,
+    escape,
+    facts,
+    isolated,
+    markup,
+    number,
+    percent,
+    shorten,
+    table,
+    tiles,
+)
 from pipeline.reporting.page import words as text_cell
 
 CUT_WORTH_A_NOTE = 0.05  # share of cut texts, of dropped examples
 SHARED_WORTH_A_NOTE = 0.01  # share of a dataset's positives that another one holds
 _SHOWN_CHARACTERS = 110
+_SHOWN_INSTRUCTIONS = 5  # of a dataset, most used first
 
 
 def intro(report: Report) -> str:
@@ -49,8 +63,12 @@ def notes(report: Report) -> list[str]:
     if quarantined := report.store.manifest.counts["quarantined"]:
         total = report.store.manifest.counts["rows"] + quarantined
         found.append(f"{quarantined:,} of {total:,} rows were left out ({percent(quarantined / total)}).")
-    for name, share in (("queries", _queries_cut), ("passages", _passages_cut)):
-        cut = [(share(d, report), d.entry.name) for d in report.datasets]
+    for name, key, num_texts in (
+        ("queries", "queries_cut", lambda d: d.texts.query.num_texts),
+        ("passages", "passages_cut", lambda d: d.texts.num_passages),
+        ("passages shown as examples", "example_responses_cut", lambda d: d.texts.num_responses),
+    ):
+        cut = [(d.entry.counts[key] / max(num_texts(d) * report.text_stride, 1), d.entry.name) for d in report.datasets]
         if listed := _list([(s, n) for s, n in cut if s > CUT_WORTH_A_NOTE]):
             found.append(f"Many {name} are longer than their limit and are cut: {listed}.")
     dropped = [(d.plans.num_dropped / max(d.plans.num_asked, 1), d.entry.name) for d in report.datasets]
@@ -72,14 +90,6 @@ def notes(report: Report) -> list[str]:
 
 def _list(shares: list[tuple[float, str]]) -> str:
     return ", ".join(f"{isolated(name)} {percent(share)}" for share, name in sorted(shares, reverse=True))
-
-
-def _queries_cut(d: MeasuredDataset, report: Report) -> float:
-    return d.entry.counts["queries_cut"] / max(d.texts.query.num_texts * report.text_stride, 1)
-
-
-def _passages_cut(d: MeasuredDataset, report: Report) -> float:
-    return d.entry.counts["passages_cut"] / max(d.texts.num_passages * report.text_stride, 1)
 
 
 def _most_shared(report: Report, i: int) -> float:
@@ -110,10 +120,11 @@ def dataset_section(report: Report) -> Section:
             bar(d.table.num_rows / total_rows), bar(s.steps_per_epoch / total_steps),
             number(s.steps_per_epoch / s.layout.num_batches),
         ])  # fmt: skip
-    source_head = "dataset | raw file | bytes | sha256 | instruction of rows without one"
+    source_head = "dataset | raw file | bytes | rows | left out | blank lines | sha256"
     sources = [
         [text_cell(d.entry.name), text_cell(d.entry.source["name"]), count(d.entry.source["bytes"]),
-         text_cell(d.entry.source["sha256"]), text_cell(d.entry.instruction or "–")]
+         count(d.entry.counts["rows"]), count(d.entry.counts["quarantined"]), count(d.entry.counts["blank_lines"]),
+         markup(f'<code class="sha">{escape(d.entry.source["sha256"])}</code>')]
         for d in report.datasets
     ]  # fmt: skip
     lead = (
@@ -121,14 +132,21 @@ def dataset_section(report: Report) -> Section:
         "limit, without examples; a text of several rows counts in each. Shares of steps are those of this recipe's "
         "batch sizes and <code>batch.mix_temperature</code>."
     )
-    raw = f"<h4>made from</h4>{table(source_head, sources, 'sources')}"
-    return Section("datasets", "Datasets", lead, table(head, rows, "datasets-table") + raw)
+    asked = [
+        [text_cell(d.entry.name), count(n), markup(isolated(shorten(report.store.instructions[i], 400)) or "–")]
+        for d in report.datasets
+        for i, n in d.instructions[:_SHOWN_INSTRUCTIONS]
+    ]
+    body = table(head, rows, "datasets-table")
+    body += f"<h4>instructions</h4>{table('dataset | rows | instruction', asked, 'instructions')}"
+    body += f"<h4>made from</h4>{table(source_head, sources, 'sources')}"
+    return Section("datasets", "Datasets", lead, body)
 
 
 def quarantine_section(report: Report) -> Section:
     """Rows that could not be used, with reasons."""
     if not report.bad_rows:
-        return Section("left-out", "Rows left out", "None: every row of the raw files could be used.", "")
+        return Section("left-out", "Left out", "None: every row of the raw files could be used.", "")
     reasons = table("reason | rows", [[text_cell(r), count(n)] for r, n in report.bad_reasons], "reasons")
     shown = [
         [text_cell(r["file"]), count(r["line"]), text_cell(r["reason"]),
@@ -137,4 +155,4 @@ def quarantine_section(report: Report) -> Section:
     ]  # fmt: skip
     first = table("file | line | reason | starts with", shown, "bad-rows")
     lead = "All of them stand in <code>quarantine.jsonl</code> of the store, with file, line and reason."
-    return Section("left-out", "Rows left out", lead, f"{reasons}<h4>the first of them</h4>{first}")
+    return Section("left-out", "Left out", lead, f"{reasons}<h4>the first of them</h4>{first}")

@@ -19,6 +19,7 @@ class Cell:
     sort: float | str = ""
     is_number: bool = True
     heat: float | None = None  # 0..1: how strongly the cell is tinted
+    is_soft: bool = False
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ def markup(code: str, sort: float | str = "") -> Cell:
 
 def count(value: int, heat: float | None = None) -> Cell:
     """A whole number."""
-    return Cell(f"{value:,}", value, heat=heat)
+    return Cell(f"{value:,}", value, heat=heat, is_soft=not value)
 
 
 def number(value: float | None, form: str = ".2f") -> Cell:
@@ -68,19 +69,21 @@ def number(value: float | None, form: str = ".2f") -> Cell:
 
 
 def percent(value: float) -> str:
-    """A share as text: never 0 % or 100 % for what is only close to it."""
-    if 0 < value < 0.001:
+    """A share as text: 0% and 100% only for what is exactly that."""
+    if not value:
+        return "0%"
+    if value < 0.001:
         return "&lt; 0.1%"
     if 0.999 < value < 1:
         return "&gt; 99.9%"
-    return f"{value:.1%}" if value < 0.9995 else "100%"
+    return f"{value:.1%}" if value < 1 else "100%"
 
 
 def share(value: float | None, heat: bool = False) -> Cell:
     """A share of 0..1 in per cent; a dash for none."""
     if value is None:
         return Cell("–", -1.0)
-    return Cell(percent(value), value, heat=min(1.0, value) if heat else None)
+    return Cell(percent(value), value, heat=min(1.0, value) if heat and value else None, is_soft=not value)
 
 
 def bar(value: float) -> Cell:
@@ -107,8 +110,9 @@ def table(head: str, rows: Sequence[Sequence[Cell]], name: str) -> str:
 def _cell(cell: Cell) -> str:
     sort = f' data-sort="{escape(str(cell.sort))}"' if cell.sort != "" else ""
     heat = f' style="--heat-share:{cell.heat:.3f}"' if cell.heat is not None else ""
-    css_class = " ".join(c for c, on in (("n", cell.is_number), ("heat", cell.heat is not None)) if on)
-    return f"<td{f' class={chr(34)}{css_class}{chr(34)}' if css_class else ''}{sort}{heat}>{cell.html}</td>"
+    classes = [("n", cell.is_number), ("heat", cell.heat is not None), ("soft", cell.is_soft)]
+    names = " ".join(name for name, on in classes if on)
+    return f'<td class="{names}"{sort}{heat}>{cell.html}</td>'
 
 
 def facts(pairs: Sequence[tuple[str, str]]) -> str:

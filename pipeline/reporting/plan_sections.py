@@ -14,14 +14,15 @@ from pipeline.reporting.plans import ShownCandidate, ShownPrompt, ShownText
 from pipeline.reporting.rows import median_size
 
 SHOWN_CHARACTERS = 6000  # of one text in a prompt
-_SIZES_SHOWN = 9  # sizes with a bar of their own; larger ones share the last
+# Texts a row lists, from and to: how their distribution is shown.
+SIZE_CLASSES = ((0, 0), (1, 1), (2, 2), (3, 3), (4, 4), (5, 6), (7, 8), (9, 16), (17, None))
 
 
 def example_section(report: Report) -> Section:
     """Whether the examples that a query asks for fit its prompt."""
     examples, limit = report.schedule.examples, report.schedule.limits.max_prompt_tokens
     if not examples.asked_for:
-        return Section("examples", "Examples that fit", "The recipe shows no examples in training.", "")
+        return Section("examples", "Examples", "The recipe shows no examples in training.", "")
     head = (
         "dataset | plans sampled | queries | asked for | shown | dropped: prompt full | missing: no row to show | "
         "shown a query | fit"
@@ -43,7 +44,7 @@ def example_section(report: Report) -> Section:
     )
     return Section(
         "examples",
-        "Examples that fit",
+        "Examples",
         lead,
         f'<div class="cards two">{"".join(cards)}</div>{table(head, rows, "fit")}',
     )
@@ -57,53 +58,35 @@ def _fit_card(d: MeasuredDataset) -> str:
         shares = [fit.num_all_fit / fit.num_queries for fit in fits]
         tips = [f"k = {fit.k}: {fit.num_all_fit:,} of {fit.num_queries:,} queries show all" for fit in fits]
         labels = [f"k = {fit.k}" for fit in fits]
-        chart = bar_chart(labels, shares, tips, "share of queries whose k examples all fit", top=1.0)
+        chart = bar_chart(labels, shares, tips, "share of queries whose k examples all fit")
     kind = f'<span class="kind">{d.plans.num_queries:,} queries</span>'
     return f'<div class="card"><h3>{isolated(d.entry.name)}{kind}</h3><figure>{chart}</figure></div>'
 
 
 def group_section(report: Report) -> Section:
     """Positives and negatives a row, and teacher scores."""
-    cards = "".join(_group_card(d) for d in report.datasets)
-    head = (
-        "dataset | positives: least | median | mean | most | negatives: least | median | mean | most | rows without "
-        "| drawn a group"
-    )
+    head = " | ".join(["dataset | side | least | median | mean | most", *(_class_name(*c) for c in SIZE_CLASSES)])
     rows = []
     for d in report.datasets:
-        cells = [text_cell(d.entry.name)]
-        for sizes in (d.positives, d.negatives):
-            present = np.flatnonzero(sizes)
-            mean = float(sizes @ np.arange(len(sizes))) / int(sizes.sum())
-            cells += [count(int(present[0])), count(median_size(sizes)), number(mean), count(int(present[-1]))]
-        group = d.schedule.group_size - 1
-        rows.append([*cells, share(int(d.negatives[0]) / d.table.num_rows), count(group)])
+        for side, sizes in (("positive", d.positives), ("negative", d.negatives)):
+            present, total = np.flatnonzero(sizes), int(sizes.sum())
+            mean = float(sizes @ np.arange(len(sizes))) / total
+            cells = [text_cell(d.entry.name), text_cell(side), count(int(present[0])), count(median_size(sizes))]
+            cells += [number(mean), count(int(present[-1]))]
+            classes = [int(sizes[low : None if high is None else high + 1].sum()) for low, high in SIZE_CLASSES]
+            rows.append([*cells, *(share(n / total, heat=True) for n in classes)])
     lead = (
-        "How many texts a row lists. A visit draws one positive and up to “drawn a group” negatives. Counted in full."
+        "How many texts a row lists: the columns “0”, “1”, … give the share of rows. A visit to a row draws one of its "
+        "positives and up to group - 1 of its negatives. Counted in full."
     )
-    body = f'<div class="cards">{cards}</div>{table(head, rows, "groups")}<h4>teacher scores</h4>{_teacher(report)}'
+    body = f"{table(head, rows, 'groups')}<h4>teacher scores</h4>{_teacher(report)}"
     return Section("groups", "Groups and scores", lead, body)
 
 
-def _group_card(d: MeasuredDataset) -> str:
-    figures = "".join(
-        f"<figure>{_size_chart(sizes, side)}<figcaption>{side} a row</figcaption></figure>"
-        for side, sizes in (("positives", d.positives), ("negatives", d.negatives))
-    )
-    kind = f'<span class="kind">{d.table.num_rows:,} rows</span>'
-    return f'<div class="card"><h3>{isolated(d.entry.name)}{kind}</h3><div class="charts">{figures}</div></div>'
-
-
-def _size_chart(sizes: np.ndarray, side: str) -> str:
-    """Bars for 0, 1, 2, ... texts a row; what is larger shares the last bar."""
-    shown = sizes[:_SIZES_SHOWN].tolist()
-    labels = [str(i) for i in range(len(shown))]
-    if len(sizes) > _SIZES_SHOWN:
-        shown.append(int(sizes[_SIZES_SHOWN:].sum()))
-        labels.append(f"≥ {_SIZES_SHOWN}")
-    tips = [f"{label} {side}: {n:,} rows" for label, n in zip(labels, shown, strict=True)]
-    total = int(sizes.sum())
-    return bar_chart(labels, [n / total for n in shown], tips, f"{side} a row", top=None)
+def _class_name(low: int, high: int | None) -> str:
+    if high is None:
+        return f"≥ {low}"
+    return f"{low}" if low == high else f"{low}–{high}"
 
 
 def _teacher(report: Report) -> str:

@@ -25,7 +25,7 @@ h1 { font-size: 30px; line-height: 1.2; letter-spacing: -0.015em; margin: 0 0 6p
 h2 { font-size: 21px; letter-spacing: -0.01em; margin: 0 0 4px; }
 h3 { font-size: 15px; margin: 0; overflow-wrap: anywhere; }
 h4 { font-size: 13px; font-weight: 600; color: var(--soft); margin: 20px 0 6px; }
-p { margin: 0 0 12px; max-width: 78ch; }
+p { margin: 0 0 12px; max-width: 92ch; }
 a { color: var(--bar); }
 .path, code { font-family: ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace; font-size: 0.88em; }
 .path { color: var(--soft); overflow-wrap: anywhere; }
@@ -34,7 +34,7 @@ a { color: var(--bar); }
 nav {
   position: sticky; top: 0; z-index: 3; margin: 24px 0 0; background: var(--paper);
   border-bottom: 1px solid var(--line);
-  padding: 0 max(24px, calc((100vw - 1120px) / 2 + 24px)); overflow-x: auto; white-space: nowrap;
+  padding: 0 max(24px, calc((100vw - 1120px) / 2 + 24px)); overflow-x: auto; white-space: nowrap; scrollbar-width: none;
 }
 nav a { display: inline-block; padding: 11px 0; margin-right: 22px; font-size: 13.5px; text-decoration: none;
   color: var(--soft); }
@@ -59,20 +59,20 @@ section + section { border-top: 1px solid var(--line); }
 table { border-collapse: collapse; font-size: 13.5px; min-width: 100%; font-variant-numeric: tabular-nums; }
 th { text-align: left; vertical-align: bottom; font-weight: 600; border-bottom: 1px solid var(--line-strong);
   padding: 0; }
-th button { all: unset; cursor: pointer; padding: 6px 10px; display: block; color: var(--soft); font-size: 12.5px;
-  line-height: 1.3; }
+th button { all: unset; box-sizing: border-box; width: 100%; cursor: pointer; padding: 6px 10px; display: block;
+  color: var(--soft); font-size: 12.5px; line-height: 1.3; }
 th button:focus-visible { outline: 2px solid var(--bar); }
 th[aria-sort] button { color: var(--ink); }
 th[aria-sort=ascending] button::after { content: " \\2191"; }
 th[aria-sort=descending] button::after { content: " \\2193"; }
 td { padding: 5px 10px; border-bottom: 1px solid var(--line); vertical-align: top; }
 tbody tr:hover td { background: color-mix(in srgb, var(--bar-soft) 35%, transparent); }
-.n { text-align: right; white-space: nowrap; }
-th.n button { text-align: right; }
+.n { text-align: right; }
+td.n { white-space: nowrap; }
+td.soft { color: var(--soft); }
 td:first-child, th:first-child { position: sticky; left: 0; background: var(--paper); z-index: 1; }
 td:first-child:not(.n) { font-weight: 550; }
-td.heat, tbody tr:hover td.heat { background: rgba(var(--heat), calc(0.03 + 0.5 * var(--heat-share, 0))); }
-td.own { color: var(--soft); }
+td.heat, tbody tr:hover td.heat { background: rgba(var(--heat), calc(0.04 + 0.5 * var(--heat-share, 0))); }
 .bar { display: block; min-width: 92px; background: linear-gradient(var(--bar-soft) 0 0) left / var(--w) 100% no-repeat;
   border-radius: 3px; padding: 0 4px; }
 .cards { display: grid; grid-template-columns: minmax(0, 1fr); gap: 14px; margin: 0 0 18px; }
@@ -101,13 +101,16 @@ summary { cursor: pointer; padding: 4px 0; font-size: 14px; }
   padding: 0 6px; margin-left: 6px; white-space: nowrap; }
 .role { font-weight: 600; } .role.positive { color: var(--good); }
 .long { overflow-wrap: anywhere; min-width: 260px; }
+.sha { font-size: 11px; white-space: nowrap; color: var(--soft); }
+.same { margin: 10px 0 0; font-size: 13.5px; }
 @media (max-width: 560px) {
   header, main { padding-left: 14px; padding-right: 14px; }
   header { padding-top: 24px; } h1 { font-size: 24px; }
   nav { padding: 0 14px; } .facts { grid-template-columns: minmax(0, 1fr); }
   .facts dt { flex-basis: 8em; }
   .tiles { grid-template-columns: 1fr 1fr; } .tiles b { font-size: 20px; }
-  td:first-child:not(.n) { max-width: 42vw; overflow-wrap: anywhere; }
+  td:first-child:not(.n) { min-width: 9.5em; max-width: 45vw; overflow-wrap: anywhere; }
+  td { padding: 5px 7px; } th button { padding: 6px 7px; }
 }
 @media print { nav { display: none; } section { break-inside: avoid-page; } }
 """

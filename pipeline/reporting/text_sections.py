@@ -6,7 +6,7 @@ import numpy as np
 
 from pipeline.data.store import DatasetEntry
 from pipeline.reporting.charts import length_chart
-from pipeline.reporting.measuring import MeasuredDataset, MeasuredEvaluation, Report
+from pipeline.reporting.measuring import MeasuredDataset, Report
 from pipeline.reporting.overview import sampled
 from pipeline.reporting.page import Cell, Section, count, details, isolated, markup, number, share, shorten, table
 from pipeline.reporting.page import words as text_cell
@@ -83,12 +83,12 @@ def repeat_section(report: Report) -> Section:
             ]
             rows.append([*cells, share(uses.share_repeated), *(share(x, heat=True) for x in uses.class_shares())])
             for text, times in uses.most_used(_MOST_USED):
-                shown = f'<div class="long">{isolated(shorten(report.store.text(text), _SHOWN_CHARACTERS))}</div>'
-                most.append([text_cell(d.entry.name), text_cell(side), count(times), markup(shown)])
+                shown = markup(_long(report.store.text(text)))
+                most.append([text_cell(d.entry.name), text_cell(side), count(times), shown])
     lead = (
         "A text that stands in several rows is encoded once a step for all of them. Columns “1×”, “2×”, … give the "
-        "share of uses whose text is used that often in the dataset; “repeated” is the share of uses that refer to a text "
-        f"which another use has already. {_text_sample(report)}"
+        "share of uses whose text is used that often in the dataset; “repeated” is the share of uses that refer to a "
+        f"text which another use has already. {_text_sample(report)}"
     )
     top = table("dataset | side | uses | text", most, "most-used") if most else "<p>No text is used twice.</p>"
     body = [table(head, rows, "repeats"), "<h4>what a batch saves</h4>", _saved_table(report)]
@@ -135,23 +135,25 @@ def shared_section(report: Report) -> Section:
         f"<h4>{side}</h4>{_matrix(names, shared_DD, f'shared-{side}')}"
         for side, shared_DD in (("queries", report.shared_queries), ("positives", report.shared_positives))
     )
-    return Section("shared", "Texts in several datasets", lead, body)
+    return Section("shared", "Shared texts", lead, body)
 
 
 def _matrix(names: Sequence[str], shared_DD: np.ndarray, name: str) -> str:
+    head = " | ".join(["dataset", *(str(i + 1) for i in range(len(names)))])
     rows = []
     for i, own in enumerate(names):
         cells = [Cell(f"{i + 1}&ensp;{isolated(own)}", i, is_number=False)]
         for j, value in enumerate(shared_DD[i].tolist()):
             heat = value / max(int(shared_DD[i, i]), 1) if i != j else None
-            cells.append(count(value, heat=heat if value else None) if value or i == j else Cell("·", 0))
+            shown = Cell(f"{value:,}", value, is_soft=True) if i == j else count(value, heat)
+            cells.append(shown if value else Cell("·", 0, is_soft=True))
         rows.append(cells)
     return table(head, rows, name)
 
 
 def overlap_section(report: Report) -> Section:
     """Training texts that stand in the evaluation folders."""
-    title = "Overlap with evaluation sets"
+    title = "Evaluation overlap"
     if not report.evaluations:
         how = "No evaluation folder was given: <code>--eval FOLDER ...</code> compares the training texts with theirs."
         return Section("overlap", title, how, "")
@@ -162,8 +164,8 @@ def overlap_section(report: Report) -> Section:
         f"folding and white space. A passage with a title is compared with and without it. {note}"
     )
     head = (
-        "evaluation set | its queries | its passages | its queries seen in training | training queries = its queries "
-        "| training queries = its passages | positives = its queries | positives = its passages"
+        "evaluation set | its queries | its passages | its queries seen in training | training queries among its "
+        "queries | training queries among its passages | positives among its queries | positives among its passages"
     )
     rows = []
     for evaluation in report.evaluations:
@@ -180,30 +182,31 @@ def overlap_section(report: Report) -> Section:
 
 def _overlap_table(report: Report) -> str:
     head = (
-        "evaluation set | dataset | queries compared | = its queries | share | = its passages | positives compared | "
-        "= its queries | = its passages | share | for example"
+        "evaluation set | dataset | queries compared | among its queries | share | among its passages | share | "
+        "positives compared | among its queries | share | among its passages | share"
     )
-    rows = [
-        _overlap_row(report, evaluation, i)
-        for evaluation in report.evaluations
-        for i, overlap in enumerate(evaluation.overlaps)
-        if overlap.any
-    ]
+    rows, shown = [], []
+    for evaluation in report.evaluations:
+        for d, training, o in zip(report.datasets, report.training, evaluation.overlaps, strict=True):
+            if not o.any:
+                continue
+            names = [text_cell(evaluation.texts.name), text_cell(d.entry.name)]
+            num_queries, num_positives = len(training.queries), len(training.positives)
+            cells = [*names, count(num_queries), *_of(o.queries_in_queries, num_queries)]
+            cells += [*_of(o.queries_in_corpus, num_queries), count(num_positives)]
+            cells += [*_of(o.positives_in_queries, num_positives), *_of(o.positives_in_corpus, num_positives)]
+            rows.append(cells)
+            shown += [[*names, markup(_long(report.store.text(text)))] for text in o.shown]
     if not rows:
         return "<p>No training text stands in any of them.</p>"
-    rest = "<p class=aside>Pairs of an evaluation set and a dataset that are not listed share no text.</p>"
-    return table(head, rows, "overlap-datasets") + rest
+    rest = '<p class="aside">Pairs of an evaluation set and a dataset that are not listed share no text.</p>'
+    examples = details("some of these texts", table("evaluation set | dataset | text", shown, "overlap-texts"))
+    return table(head, rows, "overlap-datasets") + rest + examples
 
 
-def _overlap_row(report: Report, evaluation: MeasuredEvaluation, i: int) -> list[Cell]:
-    o, training = evaluation.overlaps[i], report.training[i]
-    num_queries, num_positives = len(training.queries), len(training.positives)
-    shown = "".join(f'<div class="long">{isolated(shorten(report.store.text(t), 90))}</div>' for t in o.shown)
-    return [
-        text_cell(evaluation.texts.name), text_cell(report.datasets[i].entry.name),
-        count(num_queries), count(o.queries_in_queries), share(o.queries_in_queries / max(num_queries, 1), heat=True),
-        count(o.queries_in_corpus),
-        count(num_positives), count(o.positives_in_queries), count(o.positives_in_corpus),
-        share(o.positives_in_corpus / max(num_positives, 1), heat=True),
-        markup(shown),
-    ]  # fmt: skip
+def _of(part: int, total: int) -> list[Cell]:
+    return [count(part), share(part / max(total, 1), heat=True)]
+
+
+def _long(text: str) -> str:
+    return f'<div class="long">{isolated(shorten(text, _SHOWN_CHARACTERS))}</div>'
