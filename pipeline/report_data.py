@@ -66,7 +66,7 @@ def render(report: Report) -> str:
         prompt_section(report),
         quarantine_section(report),
     ]
-    return page(f"Data report: {report.store.path.name}", intro(report), sections)
+    return page(f"Data report: {report.store.path.parent.name}/{report.store.path.name}", intro(report), sections)
 
 
 def run(arguments: argparse.Namespace) -> None:

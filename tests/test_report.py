@@ -92,6 +92,10 @@ def make_store(folder: Path) -> tuple[Path, TokenStore, dict[str, list[dict[str,
     return recipe, open_store(load_settings(recipe).data.store), raw
 
 
+def part(share: float) -> str:
+    return percent(share) if share else "·"
+
+
 def write_lines(path: Path, lines: list[dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
@@ -157,7 +161,7 @@ def test_repeats_are_those_of_the_raw_rows(made: Any) -> None:
         assert (cells["uses"], cells["distinct texts"]) == (str(total), str(len(uses)))
         assert cells["repeated"] == f"{1 - len(uses) / total:.1%}"
         for name, low, high in (("1×", 1, 1), ("2×", 2, 2), ("3–4×", 3, 4), ("5–8×", 5, 8), ("9–32×", 9, 32)):
-            assert cells[name] == percent(sum(n for n in uses.values() if low <= n <= high) / total)
+            assert cells[name] == part(sum(n for n in uses.values() if low <= n <= high) / total)
         most += [(row[0], row[1], n) for _, n in uses.most_common(5) if n > 1]
     assert [(a, b, int(n)) for a, b, n, _ in page.tables["most-used"][1:]] == most
 
@@ -211,7 +215,7 @@ def test_groups_and_teacher_scores(made: Any) -> None:
             sizes = sorted(len(r[key]) for r in raw[name])
             middle = sizes[(len(sizes) - 1) // 2]
             row = [name, side, str(sizes[0]), str(middle), f"{sum(sizes) / len(sizes):.2f}", str(sizes[-1])]
-            expected.append([*row, *(percent(sizes.count(n) / len(sizes)) for n in range(5))])
+            expected.append([*row, *(part(sizes.count(n) / len(sizes)) for n in range(5))])
     assert [row[:11] for row in page.tables["groups"][1:]] == expected
     scored = [r for r in raw["normal"] if "pos_scores" in r]
     scores = [s for r in scored for s in (*r["pos_scores"], *r["neg_scores"])]

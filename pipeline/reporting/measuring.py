@@ -26,7 +26,7 @@ from pipeline.reporting.overlap import (
 )
 from pipeline.reporting.plans import PlanSample, ShownPrompt, sample_plans, sample_prompts, sample_steps
 from pipeline.reporting.rows import TeacherScores, count_sizes, teacher_scores
-from pipeline.reporting.texts import DatasetTexts, dataset_texts, shared_texts, use_stride
+from pipeline.reporting.texts import DatasetTexts, blocks, dataset_texts, shared_texts, use_stride
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -127,9 +127,11 @@ def measure(
 
 def _instructions(table: DatasetTable) -> tuple[tuple[int, int], ...]:
     """How many rows have each instruction."""
-    count = np.bincount(table.instruction_N)
-    order = np.argsort(-count, kind="stable")
-    return tuple((int(i), int(count[i])) for i in order if count[i])
+    count: Counter[int] = Counter()
+    for block in blocks(table.instruction_N):
+        index, rows = np.unique(block, return_counts=True)
+        count.update(dict(zip(index.tolist(), rows.tolist(), strict=True)))
+    return tuple(count.most_common())
 
 
 def _each(function: Callable[[Task], Result], tasks: Iterable[Task], title: str, bars: bool) -> list[Result]:

@@ -66,23 +66,22 @@ def load_evaluation(folder: Path) -> EvaluationTexts:
     names = [name for name in ("queries.jsonl", "corpus.jsonl", "test.jsonl") if (folder / name).is_file()]
     if not names:
         raise ValueError(f"--eval {folder}: it holds neither queries.jsonl with corpus.jsonl nor test.jsonl")
-    queries: list[str] = []
-    passages: list[str] = []
-    untitled: list[str] = []
+    queries, passages, untitled = bytearray(), bytearray(), bytearray()
     for name in names:
         for place, row in _json_lines(folder / name):
             if name == "corpus.jsonl":
                 title, text = _texts(place, row, ("title",)), _texts(place, row, ("text",))
-                passages.append(" ".join([*title, *text]))
-                untitled += text if any(title) else []
+                passages += _digest(" ".join([*title, *text]))
+                untitled += b"".join(map(_digest, text)) if any(title) else b""
                 continue
-            queries += _texts(place, row, _QUERY_KEYS)
-            passages += _texts(place, row, _CORPUS_KEYS) if name == "test.jsonl" else []
+            queries += b"".join(map(_digest, _texts(place, row, _QUERY_KEYS)))
+            if name == "test.jsonl":
+                passages += b"".join(map(_digest, _texts(place, row, _CORPUS_KEYS)))
     if not queries and not passages:
         raise ValueError(f"--eval {folder}: {', '.join(names)} hold no texts; known keys: {', '.join(_QUERY_KEYS)}")
-    hashes = np.unique(hash_texts(passages))
-    corpus = np.union1d(hashes, hash_texts(text for text in untitled if text.strip()))
-    return EvaluationTexts(folder.resolve().name, np.unique(hash_texts(queries)), corpus, len(hashes))
+    distinct = np.unique(_hashes(passages))
+    corpus = np.union1d(distinct, _hashes(untitled))
+    return EvaluationTexts(folder.resolve().name, np.unique(_hashes(queries)), corpus, len(distinct))
 
 
 def _json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -114,10 +113,15 @@ def _texts(place: str, row: dict[str, Any], keys: Sequence[str]) -> list[str]:
 
 def hash_texts(texts: Iterable[str]) -> np.ndarray:
     """uint64: the first 8 bytes of the BLAKE2b hash of each text's normalised form."""
-    digests = b"".join(
-        hashlib.blake2b(normalize_text(t).encode("utf-8", "surrogatepass"), digest_size=8).digest() for t in texts
-    )
-    return np.frombuffer(digests, dtype="<u8")
+    return _hashes(b"".join(map(_digest, texts)))
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.blake2b(normalize_text(text).encode("utf-8", "surrogatepass"), digest_size=8).digest()
+
+
+def _hashes(digests: bytes | bytearray) -> np.ndarray:
+    return np.frombuffer(bytes(digests), dtype="<u8")
 
 
 def training_stride(texts: Sequence[DatasetTexts]) -> int:

@@ -73,7 +73,7 @@ def notes(report: Report) -> list[str]:
             found.append(f"Many {name} are longer than their limit and are cut: {listed}.")
     dropped = [(d.plans.num_dropped / max(d.plans.num_asked, 1), d.entry.name) for d in report.datasets]
     if listed := _list([(s, n) for s, n in dropped if s > CUT_WORTH_A_NOTE]):
-        found.append(f"In-context examples are dropped because prompts are full: {listed}.")
+        found.append(f"In-context examples dropped in the sampled plans because prompts are full: {listed}.")
     shared = [(_most_shared(report, i), d.entry.name) for i, d in enumerate(report.datasets)]
     if listed := _list([(s, n) for s, n in shared if s > SHARED_WORTH_A_NOTE]):
         found.append(f"Positives that another dataset holds too: {listed}.")

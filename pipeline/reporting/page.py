@@ -86,6 +86,11 @@ def share(value: float | None, heat: bool = False) -> Cell:
     return Cell(percent(value), value, heat=min(1.0, value) if heat and value else None, is_soft=not value)
 
 
+def part(value: float) -> Cell:
+    """One share of a distribution: tinted, a dot for none."""
+    return share(value, heat=True) if value else Cell("·", 0.0, is_soft=True)
+
+
 def bar(value: float) -> Cell:
     """A share with a bar behind it."""
     return Cell(f'<span class="bar" style="--w:{min(value, 1):.2%}">{percent(value)}</span>', value)

@@ -8,9 +8,10 @@ import numpy as np
 from pipeline.prompts import Template, render_passage, render_query
 from pipeline.reporting.charts import bar_chart
 from pipeline.reporting.measuring import MeasuredDataset, Report
-from pipeline.reporting.page import Section, count, details, escape, isolated, number, share, table
+from pipeline.reporting.overview import sampled
+from pipeline.reporting.page import Section, count, details, escape, isolated, number, part, share, table
 from pipeline.reporting.page import words as text_cell
-from pipeline.reporting.plans import ShownCandidate, ShownPrompt, ShownText
+from pipeline.reporting.plans import PLANS_PER_DATASET, ShownCandidate, ShownPrompt, ShownText
 from pipeline.reporting.rows import median_size
 
 SHOWN_CHARACTERS = 6000  # of one text in a prompt
@@ -40,7 +41,7 @@ def example_section(report: Report) -> Section:
     lead = (
         f"A query asks for k examples; whole ones are dropped from the left until the prompt fits {limit:,} tokens. A "
         "bar is the share of queries with k examples that can show all of them; its pale rest is what the limit takes. "
-        f"Mode <code>{escape(examples.mode)}</code>, from the first plans of each dataset."
+        f"Mode <code>{escape(examples.mode)}</code>. {sampled(f'the first {PLANS_PER_DATASET} plans of each dataset')}"
     )
     return Section(
         "examples",
@@ -74,7 +75,7 @@ def group_section(report: Report) -> Section:
             cells = [text_cell(d.entry.name), text_cell(side), count(int(present[0])), count(median_size(sizes))]
             cells += [number(mean), count(int(present[-1]))]
             classes = [int(sizes[low : None if high is None else high + 1].sum()) for low, high in SIZE_CLASSES]
-            rows.append([*cells, *(share(n / total, heat=True) for n in classes)])
+            rows.append([*cells, *(part(n / total) for n in classes)])
     lead = (
         "How many texts a row lists: the columns “0”, “1”, … give the share of rows. A visit to a row draws one of its "
         "positives and up to group - 1 of its negatives. Counted in full."
@@ -105,6 +106,8 @@ def _teacher(report: Report) -> str:
     ]  # fmt: skip
     without = len(report.datasets) - len(scored)
     rest = f" {without} datasets have none." if without else ""
+    if any(t.num_rows < d.table.num_rows for d, t in scored):
+        rest += " " + sampled("rows spaced evenly over a dataset, as many as “rows looked at”")
     return table(head, rows, "teacher") + (
         '<p class="aside">Entropy of the softmax at temperature 1 over a row’s first positive and all its negatives; '
         "near the uniform value the scores tell nothing apart, near 0 they act as a label. Certainty is 1 - entropy / "

@@ -24,6 +24,7 @@ header { padding-top: 40px; }
 h1 { font-size: 30px; line-height: 1.2; letter-spacing: -0.015em; margin: 0 0 6px; overflow-wrap: anywhere; }
 h2 { font-size: 21px; letter-spacing: -0.01em; margin: 0 0 4px; }
 h3 { font-size: 15px; margin: 0; overflow-wrap: anywhere; }
+h4 .sampled { font-weight: 400; margin-left: 6px; }
 h4 { font-size: 13px; font-weight: 600; color: var(--soft); margin: 20px 0 6px; }
 p { margin: 0 0 12px; max-width: 92ch; }
 a { color: var(--bar); }
@@ -56,7 +57,8 @@ section + section { border-top: 1px solid var(--line); }
 .sampled { display: inline-block; font-size: 12px; color: var(--soft); border: 1px solid var(--line-strong);
   border-radius: 9px; padding: 0 8px; white-space: nowrap; }
 .scroll { overflow-x: auto; margin: 0 0 18px; }
-table { border-collapse: collapse; font-size: 13.5px; min-width: 100%; font-variant-numeric: tabular-nums; }
+table { border-collapse: separate; border-spacing: 0; font-size: 13.5px; min-width: 100%;
+  font-variant-numeric: tabular-nums; }
 th { text-align: left; vertical-align: bottom; font-weight: 600; border-bottom: 1px solid var(--line-strong);
   padding: 0; }
 th button { all: unset; box-sizing: border-box; width: 100%; cursor: pointer; padding: 6px 10px; display: block;

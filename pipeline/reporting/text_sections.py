@@ -8,8 +8,9 @@ from pipeline.data.store import DatasetEntry
 from pipeline.reporting.charts import length_chart
 from pipeline.reporting.measuring import MeasuredDataset, Report
 from pipeline.reporting.overview import sampled
-from pipeline.reporting.page import Cell, Section, count, details, isolated, markup, number, share, shorten, table
+from pipeline.reporting.page import Cell, Section, count, details, isolated, markup, number, part, share, shorten, table
 from pipeline.reporting.page import words as text_cell
+from pipeline.reporting.plans import PLANS_PER_DATASET
 from pipeline.reporting.texts import REPEAT_CLASSES
 
 _SHOWN_CHARACTERS = 160
@@ -81,7 +82,7 @@ def repeat_section(report: Report) -> Section:
                 count(uses.num_texts),
                 number(mean),
             ]
-            rows.append([*cells, share(uses.share_repeated), *(share(x, heat=True) for x in uses.class_shares())])
+            rows.append([*cells, share(uses.share_repeated), *map(part, uses.class_shares())])
             for text, times in uses.most_used(_MOST_USED):
                 shown = markup(_long(report.store.text(text)))
                 most.append([text_cell(d.entry.name), text_cell(side), count(times), shown])
@@ -91,7 +92,8 @@ def repeat_section(report: Report) -> Section:
         f"text which another use has already. {_text_sample(report)}"
     )
     top = table("dataset | side | uses | text", most, "most-used") if most else "<p>No text is used twice.</p>"
-    body = [table(head, rows, "repeats"), "<h4>what a batch saves</h4>", _saved_table(report)]
+    plans = f"the first {PLANS_PER_DATASET} plans of each dataset"
+    body = [table(head, rows, "repeats"), f"<h4>what a batch saves {sampled(plans)}</h4>", _saved_table(report)]
     return Section("repeats", "Repeated passages", lead, "".join(body) + details("most used texts", top))
 
 

@@ -83,12 +83,13 @@ def dataset_texts(table: DatasetTable, stride: int) -> DatasetTexts:
 
 def count_uses(ids: np.ndarray, stride: int) -> TextUses:
     """Distinct ids and their counts, of those that `stride` divides; ids below 0 are no text."""
-    kept = [block[(block >= 0) & (block % stride == 0)] for block in _blocks(ids)]
+    kept = [block[(block >= 0) & (block % stride == 0)] for block in blocks(ids)]
     text_K, count_K = np.unique(np.concatenate([np.empty(0, np.int64), *kept]), return_counts=True)
     return TextUses(text_K, count_K.astype(np.int64))
 
 
-def _blocks(values: np.ndarray) -> Iterator[np.ndarray]:
+def blocks(values: np.ndarray) -> Iterator[np.ndarray]:
+    """Parts of a long array, read one after another."""
     for start in range(0, len(values), BLOCK):
         yield np.asarray(values[start : start + BLOCK])
 
@@ -98,7 +99,7 @@ def shared_texts(sides: Sequence[TextUses]) -> np.ndarray:
     text, num_datasets = np.unique(np.concatenate([side.text_K for side in sides]), return_counts=True)
     several = text[num_datasets > 1]
     shared_DD = np.zeros((len(sides), len(sides)), dtype=np.int64)
-    for block in _blocks(several):
+    for block in blocks(several):
         member = np.stack([np.isin(block, side.text_K, assume_unique=True) for side in sides]).astype(np.float64)
         shared_DD += (member @ member.T).astype(np.int64)
     np.fill_diagonal(shared_DD, [side.num_texts for side in sides])
