@@ -34,7 +34,6 @@ class Page(HTMLParser):
         self.tags: list[tuple[str, dict[str, str | None]]] = []
         self.open: list[str] = []
         self.text = ""
-        self.prompts: list[str] = []
         self.rows: list[list[str]] = []
         self.feed(html)
         assert not self.open, f"not closed: {self.open}"
@@ -48,8 +47,6 @@ class Page(HTMLParser):
             self.rows.append([])
         elif tag in ("td", "th"):
             self.rows[-1].append("")
-        elif tag == "div" and found.get("class") == "prompt":
-            self.prompts.append("")
         if tag not in ("meta", "rect", "line"):
             self.open.append(tag)
 
@@ -318,6 +315,18 @@ def test_places_on_the_axis() -> None:
     assert [charts.bin_place(v, edges) for v in (0, 8, 16, 32, 64)] == [0, 0.5, 1, 2, 3]
     assert charts.bin_place(45, edges) == pytest.approx(2 + math.log2(45 / 32))
     assert charts.bin_place(10_000, edges) == 4
+
+
+def test_other_ways_to_show_examples(made: Any, tmp_path: Path) -> None:
+    pages = {}
+    for mode in ("none", "filler", "fixed"):
+        out = tmp_path / f"{mode}.html"
+        assert report_data.main(["--config", str(made[0]), "--out", str(out), f"batch.examples.mode={mode}"]) == 0
+        pages[mode] = Page(out.read_text(encoding="utf-8"))
+    assert "The recipe shows no examples in training." in pages["none"].text and "fit" not in pages["none"].tables
+    assert "the examples stand as blank lines of the same length" in pages["filler"].text
+    assert "k = 3" in pages["fixed"].text
+    assert all("fit" in pages[mode].tables for mode in ("filler", "fixed"))
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,9 @@ def length_chart(
     ]
     width = _bin_width(last + 1)
     lines = [_line(_LEFT + width * min(bin_place(mark, edges), last + 1), "edge", f"edge {mark}") for mark in marks]
+    end = math.inf
     if limit is not None:
+        end = bin_place(limit, edges)  # lengths are cut to the limit, so no bar reaches past it
         x = _LEFT + width * min(bin_place(limit, edges), last + 1)
         lines.append(_line(x, "limit", f"limit {limit}"))
         anchor = "end" if x > WIDTH / 2 else "start"
@@ -41,7 +43,8 @@ def length_chart(
     ticks = [
         f'<text x="{_clamp(_LEFT + width * (i + 1)):.1f}" y="{HEIGHT - 5}">{labels[i]}</text>' for i in range(last + 1)
     ]
-    return _svg(_bars(shares, tips, None) + "".join(ticks) + "".join(lines), name)
+    bars, numbers = _bars(shares, tips, None, end)
+    return _svg(bars + "".join(lines) + numbers + "".join(ticks), name, "lengths")
 
 
 def bin_place(value: int, edges: Sequence[int]) -> float:
@@ -59,30 +62,37 @@ def bar_chart(labels: Sequence[str], shares: Sequence[float], tips: Sequence[str
         f'<text x="{_LEFT + width * (i + 0.5):.1f}" y="{HEIGHT - 5}">{escape(label)}</text>'
         for i, label in enumerate(labels)
     ]
-    return _svg(_bars(shares, tips, top=1.0) + "".join(ticks), name)
+    bars, numbers = _bars(shares, tips, top=1.0)
+    return _svg(bars + numbers + "".join(ticks), name)
 
 
 def _bin_width(num_bins: int) -> float:
     return (WIDTH - _LEFT - _RIGHT) / num_bins
 
 
-def _bars(shares: Sequence[float], tips: Sequence[str], top: float | None) -> str:
-    """Bars with their per cent above them, on a base line; `top` None: the largest share has the full height."""
+def _bars(shares: Sequence[float], tips: Sequence[str], top: float | None, end: float = math.inf) -> tuple[str, str]:
+    """(bars on a base line, per cent above each).
+
+    Args:
+        top: the share that the full height stands for; None: the largest.
+        end: where the last bar ends, in bins.
+    """
     width, full = _bin_width(len(shares)), HEIGHT - _TOP - _BOTTOM
     scale = full / (top or max(shares) or 1.0)
-    parts = []
+    bars, labels = [], []
     for i, (share, tip) in enumerate(zip(shares, tips[: len(shares)], strict=True)):
-        x, height = _LEFT + width * i, share * scale
+        x, height, wide = _LEFT + width * i, share * scale, width * min(1.0, max(end - i, 0.1)) - 4
         y = HEIGHT - _BOTTOM - height
-        track = f'<rect class="b2" x="{x + 2:.1f}" y="{_TOP}" width="{width - 4:.1f}" height="{full}"/>' if top else ""
-        parts.append(
+        track = f'<rect class="b2" x="{x + 2:.1f}" y="{_TOP}" width="{wide:.1f}" height="{full}"/>' if top else ""
+        bars.append(
             f"<g><title>{escape(tip)} ({share:.1%})</title>{track}"
-            f'<rect class="b" x="{x + 2:.1f}" y="{y:.1f}" width="{width - 4:.1f}" height="{height:.1f}"/>'
-            + (f'<text x="{x + width / 2:.1f}" y="{y - 4:.1f}">{_short(share)}</text>' if share else "")
-            + "</g>"
+            f'<rect class="b" x="{x + 2:.1f}" y="{y:.1f}" width="{wide:.1f}" height="{height:.1f}"/></g>'
         )
+        if share:
+            labels.append(f'<text x="{x + 2 + wide / 2:.1f}" y="{y - 4:.1f}">{_short(share)}</text>')
     base = HEIGHT - _BOTTOM + 0.5
-    return "".join(parts) + f'<line class="axis" x1="0" x2="{WIDTH}" y1="{base}" y2="{base}"/>'
+    bars.append(f'<line class="axis" x1="0" x2="{WIDTH}" y1="{base}" y2="{base}"/>')
+    return "".join(bars), "".join(labels)
 
 
 def _short(share: float) -> str:
@@ -101,5 +111,7 @@ def _line(x: float, css_class: str, tip: str) -> str:
     return f'<line class="{css_class}" x1="{x:.1f}" x2="{x:.1f}" y1="13" y2="{HEIGHT - _BOTTOM}">{title}</line>'
 
 
-def _svg(body: str, name: str) -> str:
-    return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(name)}">{body}</svg>'
+def _svg(body: str, name: str, css_class: str = "") -> str:
+    return (
+        f'<svg class="{css_class}" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(name)}">{body}</svg>'
+    )

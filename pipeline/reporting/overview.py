@@ -7,6 +7,7 @@ from pipeline.reporting.page import (
     Section,
     bar,
     count,
+    details,
     escape,
     facts,
     isolated,
@@ -66,7 +67,8 @@ def notes(report: Report) -> list[str]:
     for name, key, num_texts in (
         ("queries", "queries_cut", lambda d: d.texts.query.num_texts),
         ("passages", "passages_cut", lambda d: d.texts.num_passages),
-        ("passages shown as examples", "example_responses_cut", lambda d: d.texts.num_responses),
+        ("example queries", "example_queries_cut", lambda d: d.texts.query.num_texts),
+        ("example responses", "example_responses_cut", lambda d: d.texts.num_responses),
     ):
         cut = [(d.entry.counts[key] / max(num_texts(d) * report.text_stride, 1), d.entry.name) for d in report.datasets]
         if listed := _list([(s, n) for s, n in cut if s > CUT_WORTH_A_NOTE]):
@@ -138,8 +140,8 @@ def dataset_section(report: Report) -> Section:
         for i, n in d.instructions[:_SHOWN_INSTRUCTIONS]
     ]
     body = table(head, rows, "datasets-table")
-    body += f"<h4>instructions</h4>{table('dataset | rows | instruction', asked, 'instructions')}"
-    body += f"<h4>made from</h4>{table(source_head, sources, 'sources')}"
+    body += details("instructions", table("dataset | rows | instruction", asked, "instructions"))
+    body += details("raw files that it was made from", table(source_head, sources, "sources"))
     return Section("datasets", "Datasets", lead, body)
 
 

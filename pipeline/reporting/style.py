@@ -87,6 +87,7 @@ figcaption { font-size: 12.5px; color: var(--soft); }
 svg { display: block; width: 100%; height: auto; max-width: 420px; }
 svg text { font: 10px system-ui, -apple-system, "Segoe UI", Roboto, "Liberation Sans", sans-serif; fill: var(--soft);
   text-anchor: middle; }
+svg.lengths text { paint-order: stroke; stroke: var(--card); stroke-width: 3px; }
 svg .b { fill: var(--bar); } svg .b2 { fill: var(--bar-soft); }
 svg .axis { stroke: var(--line-strong); stroke-width: 1; }
 svg .limit { stroke: var(--limit); stroke-width: 1.5; } svg .limit-text { fill: var(--limit); font-weight: 600; }

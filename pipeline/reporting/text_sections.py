@@ -80,7 +80,7 @@ def repeat_section(report: Report) -> Section:
                 text_cell(side),
                 count(uses.num_uses),
                 count(uses.num_texts),
-                number(mean),
+                number(mean, ",.2f"),
             ]
             rows.append([*cells, share(uses.share_repeated), *map(part, uses.class_shares())])
             for text, times in uses.most_used(_MOST_USED):
