@@ -16,7 +16,7 @@ from pipeline.data.sampling import locate_step, make_schedule, plan_step
 from pipeline.data.store import TokenStore, open_store
 from pipeline.preprocess import main as preprocess
 from pipeline.prompts import get_template, render_query
-from pipeline.reporting import charts, overlap, plan_sections, rows, texts
+from pipeline.reporting import charts, overlap, plan_sections, plans, rows, texts
 from pipeline.reporting.page import percent
 from pipeline.reporting.plans import sample_plans, sample_prompts, sample_steps
 from pipeline.settings import load_settings
@@ -241,15 +241,15 @@ def test_plans_are_counted(made: Any) -> None:
     assert sample_steps(schedule) == steps
     dropped = 0
     for d, name in enumerate(NAMES):
-        plans = [plan_step(store, schedule, step) for step in steps[d]]
-        shown = sum(len(p.example_row_E) for p in plans)
-        dropped += sum(p.num_examples_dropped for p in plans)
-        distinct = [{(p.passage_text_P[c], p.passage_instruction_P[c]) for c in p.candidate_C} for p in plans]
-        saved = [1 - len(passages) / len(p.candidate_C) for passages, p in zip(distinct, plans, strict=True)]
+        planned = [plan_step(store, schedule, step) for step in steps[d]]
+        shown = sum(len(p.example_row_E) for p in planned)
+        dropped += sum(p.num_examples_dropped for p in planned)
+        distinct = [{(p.passage_text_P[c], p.passage_instruction_P[c]) for c in p.candidate_C} for p in planned]
+        saved = [1 - len(passages) / len(p.candidate_C) for passages, p in zip(distinct, planned, strict=True)]
         assert page.column("saved", "encodings saved")[name] == percent(float(np.mean(saved)))
         assert page.column("fit", "shown")[name] == str(shown)
-        assert page.column("fit", "dropped: prompt full")[name] == str(sum(p.num_examples_dropped for p in plans))
-        assert page.column("fit", "missing: no row to show")[name] == str(sum(p.num_examples_missing for p in plans))
+        assert page.column("fit", "dropped: prompt full")[name] == str(sum(p.num_examples_dropped for p in planned))
+        assert page.column("fit", "missing: no row to show")[name] == str(sum(p.num_examples_missing for p in planned))
         # A prompt with room for everything shows what was found: what differs was dropped.
         sample = sample_plans(store, schedule, steps[d])
         assert sum(fit.k * fit.num_queries for fit in sample.fits) == shown + sample.num_dropped
@@ -295,6 +295,7 @@ def test_large_stores_are_sampled_and_labelled(made: Any, monkeypatch: pytest.Mo
     monkeypatch.setattr(overlap, "MAX_TEXTS", 10)
     monkeypatch.setattr(rows, "BLOCK", 5)
     monkeypatch.setattr(texts, "BLOCK", 7)
+    monkeypatch.setattr(plans, "MAX_STEPS_SEARCHED", 2)
     write_lines(tmp_path / "queries.jsonl", [{"text": raw["normal"][1]["query"]}])
     out = tmp_path / "report.html"
     assert report_data.main(["--config", str(recipe), "--out", str(out), "--eval", str(tmp_path)]) == 0
@@ -305,6 +306,8 @@ def test_large_stores_are_sampled_and_labelled(made: Any, monkeypatch: pytest.Mo
     assert "sampled: 1 training text in " in page.text
     assert int(page.tables["repeats"][1][2]) < sum(len(r["pos"]) for r in raw["normal"])
     assert page.tables["groups"][2][4] == f"{sum(len(r['neg']) for r in raw['normal']) / 24:.2f}"
+    assert sorted(map(int, page.column("saved", "plans sampled").values())) in ([0, 0, 0, 0, 2], [0, 0, 0, 1, 1])
+    assert page.text.count(" steps trains it.") >= 3
     table = store.datasets[0]
     scores = rows.teacher_scores(table, max_rows=10)
     assert scores is not None and scores.num_rows == 10 and 0 < scores.num_scored <= 10

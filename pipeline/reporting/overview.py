@@ -16,9 +16,9 @@ from pipeline.reporting.page import (
     percent,
     shorten,
     table,
+    text_cell,
     tiles,
 )
-from pipeline.reporting.page import words as text_cell
 
 CUT_WORTH_A_NOTE = 0.05  # share of cut texts, of dropped examples
 SHARED_WORTH_A_NOTE = 0.01  # share of a dataset's positives that another one holds
@@ -97,11 +97,6 @@ def _list(shares: list[tuple[float, str]]) -> str:
 def _most_shared(report: Report, i: int) -> float:
     others = [int(n) for j, n in enumerate(report.shared_positives[i]) if j != i]
     return max(others, default=0) / max(int(report.shared_positives[i, i]), 1)
-
-
-def sampled(text: str) -> str:
-    """The label of what was not counted in full."""
-    return f'<span class="sampled">sampled: {escape(text)}</span>'
 
 
 def dataset_section(report: Report) -> Section:

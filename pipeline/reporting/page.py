@@ -48,7 +48,7 @@ def isolated(text: str, css_class: str = "") -> str:
     return f'<bdi class="{css_class}">{escape(text)}</bdi>' if css_class else f"<bdi>{escape(text)}</bdi>"
 
 
-def words(text: str) -> Cell:
+def text_cell(text: str) -> Cell:
     """A cell of text."""
     return Cell(isolated(text), text, is_number=False)
 
@@ -118,6 +118,11 @@ def _cell(cell: Cell) -> str:
     classes = [("n", cell.is_number), ("heat", cell.heat is not None), ("soft", cell.is_soft)]
     names = " ".join(name for name, on in classes if on)
     return f'<td class="{names}"{sort}{heat}>{cell.html}</td>'
+
+
+def sampled(text: str) -> str:
+    """The label of what was not counted in full."""
+    return f'<span class="sampled">sampled: {escape(text)}</span>'
 
 
 def facts(pairs: Sequence[tuple[str, str]]) -> str:

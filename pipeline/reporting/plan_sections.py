@@ -8,10 +8,20 @@ import numpy as np
 from pipeline.prompts import Template, render_passage, render_query
 from pipeline.reporting.charts import bar_chart
 from pipeline.reporting.measuring import MeasuredDataset, Report
-from pipeline.reporting.overview import sampled
-from pipeline.reporting.page import Section, count, details, escape, isolated, number, part, share, table
-from pipeline.reporting.page import words as text_cell
-from pipeline.reporting.plans import PLANS_PER_DATASET, ShownCandidate, ShownPrompt, ShownText
+from pipeline.reporting.page import (
+    Section,
+    count,
+    details,
+    escape,
+    isolated,
+    number,
+    part,
+    sampled,
+    share,
+    table,
+    text_cell,
+)
+from pipeline.reporting.plans import MAX_STEPS_SEARCHED, PLANS_PER_DATASET, ShownCandidate, ShownPrompt, ShownText
 from pipeline.reporting.rows import median_size
 
 SHOWN_CHARACTERS = 6000  # of one text in a prompt
@@ -119,7 +129,10 @@ def prompt_section(report: Report) -> Section:
     """A few whole prompts of every dataset."""
     parts = []
     for number_of, d in enumerate(report.datasets):
-        prompts = "".join(_prompt(report.template, p) for p in d.prompts) or "<p>No step of it was found to show.</p>"
+        prompts = (
+            "".join(_prompt(report.template, p) for p in d.prompts)
+            or f"<p>None of the first {MAX_STEPS_SEARCHED:,} steps trains it.</p>"
+        )
         parts.append(
             details(f"<b>{isolated(d.entry.name)}</b> {len(d.prompts)} prompts", prompts, is_open=number_of == 0)
         )

@@ -7,9 +7,21 @@ import numpy as np
 from pipeline.data.store import DatasetEntry
 from pipeline.reporting.charts import length_chart
 from pipeline.reporting.measuring import MeasuredDataset, Report
-from pipeline.reporting.overview import sampled
-from pipeline.reporting.page import Cell, Section, count, details, isolated, markup, number, part, share, shorten, table
-from pipeline.reporting.page import words as text_cell
+from pipeline.reporting.page import (
+    Cell,
+    Section,
+    count,
+    details,
+    isolated,
+    markup,
+    number,
+    part,
+    sampled,
+    share,
+    shorten,
+    table,
+    text_cell,
+)
 from pipeline.reporting.plans import PLANS_PER_DATASET
 from pipeline.reporting.texts import REPEAT_CLASSES
 
