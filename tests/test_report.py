@@ -12,6 +12,7 @@ import pytest
 from tiny_run import make_tiny_run
 
 from pipeline import report_data
+from pipeline.data.normalizing import normalize_text
 from pipeline.data.sampling import locate_step, make_schedule, plan_step
 from pipeline.data.store import TokenStore, open_store
 from pipeline.preprocess import main as preprocess
@@ -34,6 +35,7 @@ class Page(HTMLParser):
         self.tags: list[tuple[str, dict[str, str | None]]] = []
         self.open: list[str] = []
         self.text = ""
+        self.tips: list[str] = []  # what bars and lines of charts say
         self.rows: list[list[str]] = []
         self.feed(html)
         assert not self.open, f"not closed: {self.open}"
@@ -58,6 +60,8 @@ class Page(HTMLParser):
         if "script" in self.open or "style" in self.open:
             return
         self.text += data
+        if self.open[-1:] == ["title"] and "svg" in self.open:
+            self.tips.append(data)
         if "td" in self.open or "th" in self.open:
             self.rows[-1][-1] += data
 
@@ -144,6 +148,55 @@ def test_rows_tokens_and_steps(made: Any) -> None:
         assert page.column("sources", "sha256")[name] == store.manifest.datasets[d].source["sha256"]
     assert page.column("reasons", "rows") == {"no positive (pos is missing or empty)": "1"}
     assert page.tables["bad-rows"][1][1] == "4"
+
+
+def test_lengths_and_cuts(made: Any) -> None:
+    """Histograms and cut texts against lengths measured one text at a time."""
+    _, store, raw, page = made
+    tokens, limits = store.manifest.tokens, store.manifest.limits
+    around = len(tokens.bos) + len(tokens.eos)
+    ids = {store.text(i): i for i in range(store.num_texts)}
+    bars = []
+    for d, name in enumerate(NAMES):
+        instruct = len(store.manifest.instruction_ids[store.instructions.index(f"Do {name}.")])
+
+        def query(text: str, instruct: int = instruct) -> int:
+            return store.uncut_length(ids[text.strip()], "query") + instruct + around + len(tokens.query_end)
+
+        def passage(text: str, name: str = name, query: Any = query) -> int:
+            if name in ("symmetric_sts", "symmetric_clustering"):
+                return query(text)
+            return store.uncut_length(ids[text.strip()], "passage") + around
+
+        queries = [r["query"] for r in raw[name]]
+        passages = [t for r in raw[name] for t in (*r["pos"], *r["neg"])]
+        responses = {r["category"] if name == "symmetric_clustering" else t for r in raw[name] for t in r["pos"]}
+        cut = [
+            [query(t) > limits["max_query_tokens"] for t in set(queries)],
+            [passage(t) > limits["max_passage_tokens"] for t in {t.strip() for t in passages}],
+            [query(t) - around - len(tokens.query_end) > limits["max_example_query_tokens"] for t in set(queries)],
+            [store.uncut_length(ids[t.strip()], "response") > limits["max_example_passage_tokens"] for t in responses],
+        ]
+        row = page.tables["cut"][1 + d]
+        shown = [(row[1], row[3]), (row[4], row[6]), (row[7], row[8]), (row[9], row[11])]
+        assert shown == [(str(sum(c)), percent(sum(c) / len(c))) for c in cut]
+        assert [row[2], row[5], row[10]] == [str(len(c)) for c in (cut[0], cut[1], cut[3])]
+        lengths = [
+            [min(query(t), limits["max_query_tokens"]) for t in queries],
+            [min(passage(t), limits["max_passage_tokens"]) for t in passages],
+            store.datasets[d].length_N.tolist(),
+        ]
+        for values in lengths:
+            for low, high in ((1, 16), (17, 32), (33, 64), (65, 128), (129, 256)):
+                n = sum(low <= v <= high for v in values)
+                bars += [f"{low} to {high} tokens: {n} ({n / len(values):.1%})"] if n else []
+    assert [tip for tip in page.tips if " tokens: " in tip and " tokens: 0 " not in tip] == bars
+    assert {"limit 60", "edge 80", "edge 160"} <= set(page.tips)
+
+
+def test_texts_that_differ_in_form_only() -> None:
+    assert normalize_text("  Stra\u00dfe\n\u2168\u00a0\ufb01n ") == normalize_text("STRASSE ix fin") == "strasse ix fin"
+    assert normalize_text("a b") != normalize_text("ab")
 
 
 def test_repeats_are_those_of_the_raw_rows(made: Any) -> None:
