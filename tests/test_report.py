@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from tiny_run import make_tiny_run
 
 from pipeline import report_data
@@ -23,6 +24,14 @@ from pipeline.reporting.plans import sample_plans, sample_prompts, sample_steps
 from pipeline.settings import load_settings
 
 EVIL = '<script>alert("x")</script> & </table></style> \u202eabc\x07'
+# So low that each of them cuts or drops something.
+LIMITS = {
+    "max_query_tokens": 36,
+    "max_passage_tokens": 32,
+    "max_example_query_tokens": 32,
+    "max_example_passage_tokens": 16,
+    "max_prompt_tokens": 100,
+}
 NAMES = ("normal", "only_1neg", "symmetric_sts", "symmetric_class", "symmetric_clustering")
 
 
@@ -86,9 +95,9 @@ def make_store(folder: Path) -> tuple[Path, TokenStore, dict[str, list[dict[str,
         if name == "only_1neg":
             lines.insert(3, '{"query": "<b>bold", "pos": []}')
         path.write_text("\n".join(lines) + "\n")
-    text = recipe.read_text().replace("max_prompt_tokens: 180", "max_prompt_tokens: 110\n  max_bad_row_share: 0.1")
-    text = text.replace("max_example_passage_tokens: 40", "max_example_passage_tokens: 16")
-    recipe.write_text(text)
+    tree = yaml.safe_load(recipe.read_text())
+    tree["preprocess"] |= LIMITS | {"max_bad_row_share": 0.1}
+    recipe.write_text(yaml.safe_dump(tree, sort_keys=False))
     assert preprocess(["--config", str(recipe), "--processes", "1"]) == 0
     return recipe, open_store(load_settings(recipe).data.store), raw
 
@@ -156,7 +165,7 @@ def test_lengths_and_cuts(made: Any) -> None:
     tokens, limits = store.manifest.tokens, store.manifest.limits
     around = len(tokens.bos) + len(tokens.eos)
     ids = {store.text(i): i for i in range(store.num_texts)}
-    bars = []
+    bars, num_cut = [], [0, 0, 0, 0]
     for d, name in enumerate(NAMES):
         instruct = len(store.manifest.instruction_ids[store.instructions.index(f"Do {name}.")])
 
@@ -177,6 +186,7 @@ def test_lengths_and_cuts(made: Any) -> None:
             [query(t) - around - len(tokens.query_end) > limits["max_example_query_tokens"] for t in set(queries)],
             [store.uncut_length(ids[t.strip()], "response") > limits["max_example_passage_tokens"] for t in responses],
         ]
+        num_cut = [n + sum(c) for n, c in zip(num_cut, cut, strict=True)]
         row = page.tables["cut"][1 + d]
         shown = [(row[1], row[3]), (row[4], row[6]), (row[7], row[8]), (row[9], row[11])]
         assert shown == [(str(sum(c)), percent(sum(c) / len(c))) for c in cut]
@@ -191,7 +201,8 @@ def test_lengths_and_cuts(made: Any) -> None:
                 n = sum(low <= v <= high for v in values)
                 bars += [f"{low} to {high} tokens: {n} ({n / len(values):.1%})"] if n else []
     assert [tip for tip in page.tips if " tokens: " in tip and " tokens: 0 " not in tip] == bars
-    assert {"limit 60", "edge 80", "edge 160"} <= set(page.tips)
+    assert all(num_cut), "a limit that cuts nothing tests nothing"
+    assert {"limit 36", "limit 32", "edge 80", "edge 160"} <= set(page.tips)
 
 
 def test_texts_that_differ_in_form_only() -> None:
@@ -394,7 +405,7 @@ def test_other_ways_to_show_examples(made: Any, tmp_path: Path) -> None:
         (["--out", "r.html", "--eval", ".", "run.seed=1"], "put overrides before --eval"),
         (["--out", "r.html", "--eval", "empty"], "neither queries.jsonl with corpus.jsonl nor test.jsonl"),
         (["--out", "r.html", "--eval", "broken"], "queries.jsonl:2 is not a line of JSON"),
-        (["--out", "r.html", "preprocess.max_query_tokens=61"], "preprocess.max_query_tokens: store 60, recipe 61"),
+        (["--out", "r.html", "preprocess.max_query_tokens=61"], "preprocess.max_query_tokens: store 36, recipe 61"),
     ],
 )
 def test_user_errors(
