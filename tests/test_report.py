@@ -336,6 +336,9 @@ def test_prompts_are_those_of_the_plan(made: Any) -> None:
             for cut in (t for e in shown.examples for t in (e.query, e.response)):
                 num_cut += cut.is_cut
             badges = [t for e in shown.examples for t in (e.query, e.response)] + [shown.query]
+            # What badges say adds up to the prompt that is encoded.
+            assert sum(min(t.num_uncut, t.limit) for t in badges) == shown.num_tokens
+            assert all(min(c.passage.num_uncut, c.passage.limit) == c.num_tokens for c in shown.candidates)
             for badge in badges:
                 if badge.is_cut:
                     found = found.replace(f"cut: {badge.num_uncut} → {badge.limit} tokens", "", 1)
