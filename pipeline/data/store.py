@@ -107,6 +107,9 @@ class DatasetTable:
     length_N: np.ndarray  # int32: zero-shot query + longest positive + expected negatives, in tokens
     bucket_offsets: np.ndarray  # int64: bucket j holds rows bucket_offsets[j] : bucket_offsets[j + 1]
     source_line_N: np.ndarray  # int64, 1-based line in the raw file
+    # Found by mining, best first: those of row n are nearest_row[nearest_offsets[n] : nearest_offsets[n + 1]].
+    nearest_offsets: np.ndarray | None = None  # int64, N + 1; None: the raw rows name no neighbours
+    nearest_row: np.ndarray | None = None  # int64, row numbers inside the dataset
 
 
 @dataclass(frozen=True)
