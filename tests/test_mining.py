@@ -467,7 +467,8 @@ def test_report_shows_every_dataset_and_rule(ready: Ready, mined: Path) -> None:
     for table in ready.store.datasets:
         assert f"\n## {table.name}\n" in page
         assert (mined / f"scores-{table.name.replace(' ', '_')}.png").read_bytes().startswith(b"\x89PNG")
-    assert page.count("a text of a row of the same category") == len(ready.store.datasets)
+    assert page.count("a text of a row of the same category") == 1, "rules that cannot apply are not shown"
+    assert page.count("scores above --max-ratio") == len(ready.store.datasets)
     assert "rank 1 |" in page and "mined negative |" in page and str(ready.recipe.parent) not in page
     scored = report_of(mined, "normal")["scores_dropped"]
     assert scored > 0 and f"teacher scores of {scored} rows dropped" in page

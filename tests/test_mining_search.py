@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipeline.mining import search
 from pipeline.mining.corpus import _pairs_of_rows, normalise
 from pipeline.mining.embedding import Embeddings, embed
 from pipeline.mining.options import limit_below
@@ -59,7 +60,7 @@ def test_more_equal_texts_than_the_slack_are_searched_deeper(monkeypatch: pytest
     fetched: list[tuple[int, int]] = []
     real = faiss.knn
     monkeypatch.setattr(faiss, "knn", lambda q, x, k, metric: fetched.append((len(q), k)) or real(q, x, k, metric))
-    place_BK, score_BK = top_of_shard(queries, texts, 20)
+    place_BK, score_BK = top_of_shard(queries, texts, 20, np.full(4, -np.inf))
     for b, query in enumerate(queries):
         order, scores = brute_force(query, texts, 20)
         assert place_BK[b].tolist() == order and score_BK[b].tolist() == scores
@@ -69,12 +70,24 @@ def test_more_equal_texts_than_the_slack_are_searched_deeper(monkeypatch: pytest
 
 def test_exact_scores_do_not_depend_on_what_stands_beside() -> None:
     rng = np.random.default_rng(2)
-    queries, texts = unit(rng, 40, 385), unit(rng, 40, 30, 385)
+    queries, texts = unit(rng, 1200, 385), unit(rng, 1200, 385)
     together = exact_scores(queries, texts)
-    for b in (0, 17, 39):
-        assert np.array_equal(exact_scores(queries[b : b + 1], texts[b : b + 1]), together[b : b + 1])
-        one = exact_scores(queries[b : b + 1], texts[b : b + 1, 3:4])
-        assert one[0, 0] == together[b, 3]
+    for start, stop in ((0, 1), (17, 18), (1000, 1200), (3, 8)):
+        assert np.array_equal(exact_scores(queries[start:stop], texts[start:stop]), together[start:stop])
+    assert together[5] == brute_force(queries[5], texts[5:6], 1)[1][0]
+
+
+def test_only_what_can_still_enter_is_scored_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(6)
+    texts, queries = unit(rng, 2000, 16), unit(rng, 10, 16)
+    index = DenseIndex(stored(tmp_path / "q", queries), stored(tmp_path / "t", texts, 100), 200)
+    scored: list[int] = []
+    real = search.exact_scores
+    monkeypatch.setattr(search, "exact_scores", lambda q, t: scored.append(len(q)) or real(q, t))
+    ranking, _ = index.search(np.arange(10), 20, np.zeros(11, dtype=np.int64), NO_PAIRS)
+    for b in range(10):
+        assert ranking.place_BK[b].tolist() == brute_force(queries[b], texts, 20)[0]
+    assert scored[0] == 10 * 84 and sum(scored) < 10 * 84 + 10 * 20 * 9
 
 
 def test_ranking_ends_with_the_corpus(tmp_path: Path) -> None:
@@ -105,7 +118,7 @@ def test_embeddings_that_are_not_finite_are_refused(tmp_path: Path) -> None:
 def test_words_ranking_is_lucenes_formula_with_ties_by_place() -> None:
     texts = ["river stone river", "amber cloud", "stone amber", "amber stone", "the of", "river river river cloud"] * 3
     queries = ["river", "amber stone", "the", "unknown words", "stone stone"]
-    index = index_words(texts, queries, bars=False)
+    index = index_words(texts, queries)
     places = np.array([0, 4])
     words = [[w for w in text.split() if w not in ("the", "of")] for text in texts]
     mean = np.mean([len(w) for w in words])
@@ -131,7 +144,7 @@ def test_words_ranking_is_lucenes_formula_with_ties_by_place() -> None:
 
 def test_texts_without_words_are_an_error() -> None:
     with pytest.raises(ValueError, match="no text holds a word"):
-        index_words(["?", "the"], ["river"], bars=False)
+        index_words(["?", "the"], ["river"])
 
 
 def test_copies_differ_in_form_only() -> None:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from pipeline.data.raw_rows import raw_row
 from pipeline.data.store import DatasetTable, TokenStore
@@ -18,7 +17,7 @@ from pipeline.files import write_atomic, write_text
 from pipeline.mining.blocks import Index, MinedBlock, MiningInput, Teacher, load_block, mine_block, save_block
 from pipeline.mining.corpus import Queries, corpus_texts, distinct_queries, find_copies, relate
 from pipeline.mining.embedding import Embeddings, TextEncoder, embed
-from pipeline.mining.folder import safe_name
+from pipeline.mining.folder import progress_bar, safe_name
 from pipeline.mining.options import BM25, MiningOptions
 from pipeline.mining.report import Report, dataset_report, plot_scores
 from pipeline.mining.search import DenseIndex, index_words
@@ -101,8 +100,9 @@ def _prepare(run: MiningRun, table: DatasetTable) -> MiningInput:
 def _indexes(run: MiningRun, table: DatasetTable, queries: Queries, corpus_C: np.ndarray) -> tuple[Index, Index]:
     """(passages for queries, queries for queries)."""
     if run.embedder == BM25:
+        log.info("%s: index the words of %d passages and %d queries", table.name, len(corpus_C), len(queries.text_Q))
         passages, texts = _texts(run.store, corpus_C), _texts(run.store, queries.text_Q)
-        return index_words(passages, texts, run.bars), index_words(texts, texts, run.bars)
+        return index_words(passages, texts), index_words(texts, texts)
     query_embeddings = _embed_queries(run, table, queries)
     passage_embeddings = _embed_passages(run, table, corpus_C)
     return (
@@ -162,7 +162,7 @@ def _mine_blocks(run: MiningRun, source: MiningInput) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     starts = range(0, num_rows, run.block_rows)
     paths = [folder / f"{start:012d}.npz" for start in starts]
-    with tqdm(total=num_rows, desc=f"{source.table.name}: mine", disable=not run.bars, unit="row") as bar:
+    with progress_bar(num_rows, f"{source.table.name}: mine", "row", run.bars) as bar:
         for start, path in zip(starts, paths, strict=True):
             stop = min(start + run.block_rows, num_rows)
             if not path.is_file():

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from pipeline.files import write_atomic
 from pipeline.inference.description import DESCRIPTION_FILE
+from pipeline.mining.folder import progress_bar
 
 BLOCK_TEXTS = 4096
 
@@ -115,7 +115,7 @@ def embed(
         ValueError: an embedding is not finite.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with tqdm(total=num_texts, desc=title, disable=not bars, unit="text") as bar:
+    with progress_bar(num_texts, title, "text", bars) as bar:
         for start in range(0, num_texts, block_texts):
             block = range(start, min(start + block_texts, num_texts))
             path = _block_path(folder, start // block_texts)

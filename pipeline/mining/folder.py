@@ -10,11 +10,14 @@ import fcntl
 import json
 import re
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
+
+from tqdm import tqdm
 
 from pipeline.data.store import MANIFEST
 from pipeline.files import file_sha256, write_text
@@ -29,6 +32,12 @@ Record = dict[str, Any]
 def safe_name(dataset: str) -> str:
     """A dataset's name as a file name."""
     return re.sub(r"[^\w.-]", "_", dataset)
+
+
+def progress_bar(total: int, title: str, unit: str, shown: bool) -> "tqdm[NoReturn]":
+    """A bar; not on a terminal (a batch job's log) a line now and then."""
+    interval = 0.2 if sys.stderr.isatty() else 30.0
+    return tqdm(total=total, desc=title, disable=not shown, mininterval=interval, unit=unit)
 
 
 @contextmanager

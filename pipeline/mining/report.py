@@ -14,7 +14,7 @@ from pipeline.files import write_atomic, write_text
 from pipeline.mining.blocks import SHOWN_RANKS, MinedBlock, MiningInput
 from pipeline.mining.folder import safe_name
 from pipeline.mining.options import BM25, RECALL_RANKS
-from pipeline.mining.rules import REASONS
+from pipeline.mining.rules import REASONS, active_rules
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 _BINS = 60
@@ -25,6 +25,7 @@ Report = dict[str, Any]
 def dataset_report(source: MiningInput, blocks: Sequence[MinedBlock]) -> Report:
     """The numbers of one dataset, as plain values."""
     options, table = source.options, source.table
+    active = active_rules(options, bool((table.category_text_N >= 0).any()))
     found_N = np.concatenate([np.diff(block.negative_offsets) for block in blocks])
     rank_N = np.concatenate([block.positive_rank_B for block in blocks])
     candidates_N = np.concatenate([block.num_candidates_B for block in blocks])
@@ -41,7 +42,7 @@ def dataset_report(source: MiningInput, blocks: Sequence[MinedBlock]) -> Report:
         "rows_with_short_window": int((candidates_N <= options.last_rank - options.first_rank).sum()),
         "recall": {str(k): float(((rank_N > 0) & (rank_N <= k)).mean()) for k in RECALL_RANKS},
         "candidates": int(candidates_N.sum()),
-        "removed": dict(zip(REASONS, removed_R.tolist(), strict=True)),
+        "removed": {name: int(removed_R[list(REASONS).index(name)]) for name in active},
         "kept": int(candidates_N.sum() - removed_R.sum()),
         "teacher": {"seen": seen, "removed": removed} if options.teacher is not None else None,
         "negatives": int(found_N.sum()),

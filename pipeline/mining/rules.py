@@ -27,6 +27,18 @@ REASONS = {
 KEPT = -1
 
 
+def active_rules(options: MiningOptions, has_categories: bool) -> list[str]:
+    """The rules of REASONS that can remove anything here."""
+    on = {
+        "same_category": has_categories,
+        "present": options.keep_negatives,
+        "max_score": options.max_score is not None,
+        "margin": options.margin is not None,
+        "max_ratio": options.max_ratio is not None,
+    }
+    return [name for name in REASONS if on.get(name, True)]
+
+
 @dataclass(frozen=True)
 class RowTexts:
     """Text ids of one row."""
