@@ -182,12 +182,21 @@ def test_teacher_removes_what_it_scores_too_high(ready: Ready, tmp_path: Path) -
     def teacher(query: str, text: str) -> float:
         return float(model.predict([(query, text)], show_progress_bar=False)[0])
 
-    more = ["--teacher", str(ready.teacher), "--teacher-ratio", "0.9", "--dataset", "normal", "--max-ratio", "none"]
+    more = [
+        "--teacher",
+        str(ready.teacher),
+        "--teacher-ratio",
+        "0.9",
+        "--dataset",
+        "symmetric_sts",
+        "--max-ratio",
+        "none",
+    ]
     assert main(ready.command(tmp_path / "out", *WINDOW, *more)) == 0
     options = MiningOptions(3, 40, 5, max_ratio=None, teacher="x", teacher_ratio=0.9, num_nearest=6)
-    slow = slow_result(ready, tmp_path / "out", "normal", options, teacher)
-    assert_same(ready, tmp_path / "out", "normal", slow)
-    counts = report_of(tmp_path / "out", "normal")["teacher"]
+    slow = slow_result(ready, tmp_path / "out", "symmetric_sts", options, teacher)
+    assert_same(ready, tmp_path / "out", "symmetric_sts", slow)
+    counts = report_of(tmp_path / "out", "symmetric_sts")["teacher"]
     assert counts["seen"] == slow.seen_by_teacher and counts["removed"] == counts["seen"] - sum(
         map(len, slow.negatives)
     )
@@ -232,10 +241,11 @@ def test_words_are_those_of_the_slow_twin(ready: Ready, tmp_path: Path) -> None:
 
 
 def test_shards_and_blocks_change_nothing(ready: Ready, mined: Path, tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr(stages, "BLOCK_ROWS", 7)
-    monkeypatch.setattr(stages.MiningRun, "block_rows", 7)
+    monkeypatch.setattr(stages.MiningRun.__init__, "__defaults__", (7,))
     # Embeddings are taken over: a model's last bits may depend on the texts of a batch, the search may not.
     shutil.copytree(mined / "work/embeddings", tmp_path / "out/work/embeddings")
+    shutil.copy(mined / "settings.json", tmp_path / "out/settings.json")
+    monkeypatch.setattr("pipeline.mining.embedding.load_text_encoder", None)
     assert main(ready.command(tmp_path / "out", *WINDOW, *RULES_ON, "--shard-texts", "13")) == 0
     assert results(tmp_path / "out") == results(mined)
 
@@ -320,20 +330,28 @@ def mining_process(arguments: list[str]) -> subprocess.Popen[bytes]:
     return subprocess.Popen([sys.executable, "-c", code, *arguments], stdout=subprocess.DEVNULL, cwd=REPOSITORY)
 
 
+KILLED = [*WINDOW, "--max-score", "0.9", "--dataset", "normal", "--dataset", "symmetric_sts"]
+
+
+@pytest.fixture(scope="module")
+def never_killed(ready: Ready, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("never_killed") / "out"
+    assert mining_process(ready.command(out, *KILLED)).wait() == 0
+    return out
+
+
 @pytest.mark.parametrize("moment", ["work/embeddings/passages-*/block-000001.npy", "work/rows/normal/*7.npz"])
-def test_killed_run_goes_on_to_the_same_bytes(ready: Ready, tmp_path: Path, moment: str) -> None:
-    whole, out = tmp_path / "whole", tmp_path / "out"
-    names = [*WINDOW, "--max-score", "0.9", "--dataset", "normal", "--dataset", "symmetric_sts"]
-    reference = mining_process(ready.command(whole, *names))
-    process, deadline = mining_process(ready.command(out, *names)), time.monotonic() + 60
+def test_killed_run_goes_on_to_the_same_bytes(ready: Ready, never_killed: Path, tmp_path: Path, moment: str) -> None:
+    out = tmp_path / "out"
+    process, deadline = mining_process(ready.command(out, *KILLED)), time.monotonic() + 60
     while not list(out.glob(moment)) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.002)
     os.kill(process.pid, signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL and list(out.glob(moment))
     assert not list(out.glob("*.jsonl")) and not (out / "report.json").exists()
     before = {path: path.stat().st_mtime_ns for path in (out / "work").rglob("*.npy")}
-    assert before and mining_process(ready.command(out, *names)).wait() == 0 and reference.wait() == 0
-    assert results(out) == results(whole)
+    assert before and mining_process(ready.command(out, *KILLED)).wait() == 0
+    assert results(out) == results(never_killed)
     assert all(path.stat().st_mtime_ns == then for path, then in before.items()), "what is embedded stays"
 
 
@@ -363,6 +381,15 @@ def test_changed_options_are_refused_and_overwrite_keeps_the_embeddings(
     monkeypatch.setattr("pipeline.mining.embedding.load_text_encoder", lambda *a: loaded.append(a))
     assert main([*changed, "--overwrite"]) == 0
     assert not loaded and results(out)["normal.jsonl"] != before["normal.jsonl"]
+
+
+def test_embeddings_of_unknown_origin_are_not_used(ready: Ready, mined: Path, tmp_path: Path) -> None:
+    where = "work/embeddings/queries-symmetric_sts/block-000000.npy"
+    (tmp_path / where).parent.mkdir(parents=True)
+    np.save(tmp_path / where, np.zeros((24, 16), dtype=np.float32))
+    assert main(ready.command(tmp_path, *WINDOW, "--dataset", "symmetric_sts", "--nearest", "0")) == 0
+    assert (tmp_path / where).read_bytes() == (mined / where).read_bytes()
+    assert "nearest" not in lines_of(tmp_path / "symmetric_sts.jsonl")[0]
 
 
 def test_another_model_is_refused_and_overwrite_embeds_anew(

@@ -89,7 +89,7 @@ def _prepare(run: MiningRun, table: DatasetTable) -> MiningInput:
         queries=queries,
         corpus_C=corpus_C,
         passages=passages,
-        neighbours=neighbours if options.num_nearest else None,
+        neighbours=neighbours,
         relations=relate(tables, corpus_C, store.num_texts),
         copies=find_copies(store, np.union1d(corpus_C, queries.text_Q)),
         teacher=run.load_teacher() if run.load_teacher is not None else None,
@@ -97,18 +97,18 @@ def _prepare(run: MiningRun, table: DatasetTable) -> MiningInput:
     )
 
 
-def _indexes(run: MiningRun, table: DatasetTable, queries: Queries, corpus_C: np.ndarray) -> tuple[Index, Index]:
-    """(passages for queries, queries for queries)."""
+def _indexes(run: MiningRun, table: DatasetTable, queries: Queries, corpus_C: np.ndarray) -> tuple[Index, Index | None]:
+    """(passages for queries, queries for queries where neighbours are asked for)."""
+    wants_neighbours = run.options.num_nearest > 0
     if run.embedder == BM25:
         log.info("%s: index the words of %d passages and %d queries", table.name, len(corpus_C), len(queries.text_Q))
-        passages, texts = _texts(run.store, corpus_C), _texts(run.store, queries.text_Q)
-        return index_words(passages, texts), index_words(texts, texts)
+        corpus, texts = _texts(run.store, corpus_C), _texts(run.store, queries.text_Q)
+        return index_words(corpus, texts), index_words(texts, texts) if wants_neighbours else None
     query_embeddings = _embed_queries(run, table, queries)
     passage_embeddings = _embed_passages(run, table, corpus_C)
-    return (
-        DenseIndex(query_embeddings, passage_embeddings, run.shard_texts),
-        DenseIndex(query_embeddings, query_embeddings, run.shard_texts),
-    )
+    passages = DenseIndex(query_embeddings, passage_embeddings, run.shard_texts)
+    neighbours = DenseIndex(query_embeddings, query_embeddings, run.shard_texts)
+    return passages, neighbours if wants_neighbours else None
 
 
 def _embed_queries(run: MiningRun, table: DatasetTable, queries: Queries) -> Embeddings:
@@ -141,7 +141,7 @@ def _embed_passages(run: MiningRun, table: DatasetTable, corpus_C: np.ndarray) -
 
 def _passage_instruction(run: MiningRun, table: DatasetTable) -> str | None:
     """The instruction that passages are wrapped with, as in training; None: plain passages."""
-    if not (RULES[table.task_type].wrap_passages):
+    if not RULES[table.task_type].wrap_passages:
         return None
     found = np.unique(table.instruction_N)
     if len(found) > 1 and run.wraps_passages:

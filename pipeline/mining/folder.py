@@ -105,6 +105,8 @@ def prepare_folder(out: Path, embeddings: Record, options: Record, overwrite: bo
             )
         if overwrite:
             _clear(out, keep_embeddings=old.get("embeddings") == embeddings)
+    else:
+        _clear(out, keep_embeddings=False)  # whatever lies in work/ is of no known origin
     write_text(file, json.dumps(new, indent=1, ensure_ascii=False) + "\n")
 
 
