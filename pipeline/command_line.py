@@ -7,6 +7,7 @@ from collections.abc import Sequence
 COMMANDS = {
     "preprocess": ("pipeline.preprocess", "tokenize raw rows and store them in length buckets"),
     "report": ("pipeline.report_data", "write one HTML page about a token store"),
+    "mine": ("pipeline.mine_negatives", "mine hard negatives and nearest rows for a recipe's datasets"),
     "plan": ("pipeline.plan_run", "show what a training run will do, without running it"),
     "train": ("pipeline.train", "train an embedder (several ranks: deepspeed pipeline/train.py)"),
     "evaluate": ("pipeline.evaluate_embedder", "score a model zero-shot and few-shot"),

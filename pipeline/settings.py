@@ -88,6 +88,7 @@ class ColumnSettings:
     prompt: tuple[str, ...] | None = ()
     type: tuple[str, ...] | None = ()
     category: tuple[str, ...] | None = ()
+    nearest: tuple[str, ...] | None = ()
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,7 @@ class DataSettings:
 class ExampleSettings:
     """In-context examples in training (paper, section 3.2: 0 to 5, uniform, from the query's own batch)."""
 
-    mode: Literal["in_batch", "fixed", "pool", "filler", "none"] = "in_batch"
+    mode: Literal["in_batch", "fixed", "pool", "nearest", "filler", "none"] = "in_batch"
     max_examples: int = 5
 
     @property

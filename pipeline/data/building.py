@@ -327,8 +327,11 @@ def _build_tables(
     settings = plan.settings
     group_sizes = [group_size_of(settings, s.dataset, t) for s, t in zip(plan.sources, types, strict=True)]
 
+    nearest = [_with_nearest(source, found) for source, found in zip(plan.sources, reports, strict=True)]
+
     def measure_tasks() -> Iterator[MeasureTask]:
-        for found, task_type, group_size in zip(reports, types, group_sizes, strict=True):
+        columns = zip(reports, types, group_sizes, nearest, strict=True)
+        for found, task_type, group_size, with_nearest in columns:
             first_lines = accumulate((unit["num_lines"] for unit in found.values()), initial=0)
             for (name, unit), first_line in zip(found.items(), first_lines, strict=False):
                 if not (plan.rows / f"{name}.json").is_file():
@@ -344,6 +347,7 @@ def _build_tables(
                         tokens=pt.tokens,
                         limits=Limits.from_settings(settings.preprocess),
                         instruction_lengths=tuple(instruction_lengths),
+                        with_nearest=with_nearest,
                     )
 
     run_tasks(pool, measure_unit, measure_tasks(), "C  measure rows", plan.bars, sum(len(found) for found in reports))
@@ -356,8 +360,10 @@ def _build_tables(
             report=str(report),
             num_texts=starts[-1],
             scored=any(unit["scored"] for unit in found.values()),
+            with_nearest=with_nearest,
+            num_lines=sum(unit["num_lines"] for unit in found.values()),
         )
-        for found, target, report in zip(reports, targets, done, strict=True)
+        for found, target, report, with_nearest in zip(reports, targets, done, nearest, strict=True)
         if not (target.is_file() and report.is_file())
     )
     run_tasks(pool, join_units, tasks, "C  write row tables", plan.bars, len(targets))
@@ -373,6 +379,17 @@ def _build_tables(
         for target, report in zip(targets, joined, strict=True)
     ]
     return list(zip(entries, files, strict=True))
+
+
+def _with_nearest(source: Source, found: UnitReports) -> bool:
+    """Whether rows name their nearest rows, by lines of their one file."""
+    some = any(unit["nearest"] for unit in found.values())
+    if some and len(source.files) > 1:
+        raise ValueError(
+            f"dataset {source.dataset.name!r}: rows name their nearest rows by line, which means one file, and the "
+            f"dataset has {len(source.files)}; leave `nearest` out (columns.nearest: null), or mine again"
+        )
+    return some
 
 
 def _dataset_entry(

@@ -54,7 +54,7 @@ class Ragged:
 
     offsets: np.ndarray
     values: np.ndarray
-    scores: np.ndarray
+    scores: np.ndarray | None = None
 
     @property
     def counts(self) -> np.ndarray:
@@ -71,6 +71,7 @@ class Rows:
     line_N: np.ndarray
     pos: Ragged
     neg: Ragged
+    nearest: Ragged | None  # lines of the raw file; None: no row of the dataset names any
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,7 @@ class MeasureTask:
     tokens: PromptTokens
     limits: Limits
     instruction_lengths: tuple[int, ...]  # by id of the store
+    with_nearest: bool  # whether any row of the dataset names its nearest rows
 
 
 def measure_unit(task: MeasureTask) -> dict[str, Any]:
@@ -131,13 +133,18 @@ def measure_unit(task: MeasureTask) -> dict[str, Any]:
         "flags": flags_U,
     }
     report = {"counts": counts, "histograms": histograms, "rows": np.bincount(bucket_N, minlength=num_buckets).tolist()}
-    for name, side in (("pos", rows.pos), ("neg", rows.neg)):
+    for name, side in (("pos", rows.pos), ("neg", rows.neg), ("nearest", rows.nearest)):
+        if side is None:
+            continue
         count_N = side.counts[order]
         offsets = _offsets(count_N)
         take = np.arange(offsets[-1]) + np.repeat(side.offsets[:-1][order] - offsets[:-1], count_N)
         columns[f"{name}_count"] = count_N
-        columns[f"{name}_text"] = id_U[side.values[take]]
-        columns[f"{name}_score"] = side.scores[take]
+        if side.scores is None:
+            columns[f"{name}_line"] = side.values[take]
+        else:
+            columns[f"{name}_text"] = id_U[side.values[take]]
+            columns[f"{name}_score"] = side.scores[take]
         report[name] = np.diff(offsets[_offsets(np.array(report["rows"]))]).tolist()
     shapes = {name: (values.dtype.name, len(values)) for name, values in columns.items()}
     write_columns(Path(f"{task.target}.rows"), shapes, ((name, 0, values) for name, values in columns.items()))
@@ -167,6 +174,8 @@ def _read_rows(task: MeasureTask) -> Rows:
     batch = read_batch(Path(f"{task.unit}.rows.arrow"))
     instruction = np.array(task.instructions, dtype=np.int32)
 
+    nearest = batch.column("nearest")
+
     def ragged(name: str) -> Ragged:
         column = batch.column(name)
         scores = batch.column(f"{name}_score").values.to_numpy()
@@ -179,6 +188,7 @@ def _read_rows(task: MeasureTask) -> Rows:
         line_N=batch.column("line").to_numpy() + task.first_line,
         pos=ragged("pos"),
         neg=ragged("neg"),
+        nearest=Ragged(nearest.offsets.to_numpy(), nearest.values.to_numpy()) if task.with_nearest else None,
     )
 
 
@@ -251,13 +261,16 @@ class JoinTask:
     report: str  # written last: the table is done
     num_texts: int  # of the store
     scored: bool  # whether any row of the dataset has teacher scores
+    with_nearest: bool
+    num_lines: int  # of the source
 
 
 def join_units(task: JoinTask) -> dict[str, Any]:
     """Write the table of one dataset, then its report; returns the report."""
     reports = [json.loads(Path(f"{unit}.json").read_text(encoding="utf-8")) for unit in task.units]
     # [unit, bucket]: where the unit's rows, positives and negatives of a bucket begin in the table.
-    starts = {name: _starts(np.array([report[name] for report in reports])) for name in ("rows", "pos", "neg")}
+    parts = ("rows", "pos", "neg", "nearest") if task.with_nearest else ("rows", "pos", "neg")
+    starts = {name: _starts(np.array([report[name] for report in reports])) for name in parts}
     totals = {name: int(np.sum([report[name] for report in reports])) for name in starts}
     columns = {
         "query_text": ("int64", totals["rows"]),
@@ -270,16 +283,29 @@ def join_units(task: JoinTask) -> dict[str, Any]:
         columns |= {f"{name}_offsets": ("int64", totals["rows"] + 1), f"{name}_text": ("int64", totals[name])}
         if task.scored:
             columns[f"{name}_score"] = ("float32", totals[name])
+    if task.with_nearest:
+        columns |= {"nearest_offsets": ("int64", totals["rows"] + 1), "nearest_row": ("int64", totals["nearest"])}
     flags = np.zeros(task.num_texts, dtype=np.uint8)
+    # Neighbours are named by line, and where a line went is known when all units are written.
+    row_of_line = np.full(task.num_lines + 1 if task.with_nearest else 0, -1, dtype=np.int64)
 
     def pieces() -> Iterator[tuple[str, int, np.ndarray]]:
-        for name in ("pos", "neg"):
+        for name in parts[1:]:
             yield f"{name}_offsets", totals["rows"], np.array([totals[name]])
         for unit, base in enumerate(task.units):
             found = open_columns(Path(f"{base}.rows"))
             flags[found["text"]] |= found["flags"]
             place = {name: starts[name][unit].tolist() for name in starts}
-            yield from _unit_pieces(found, reports[unit], place, columns)
+            for column, start, values in _unit_pieces(found, reports[unit], place, columns):
+                yield column, start, values
+                if column == "source_line" and task.with_nearest:
+                    row_of_line[values] = np.arange(start, start + len(values))
+        if task.with_nearest:
+            for unit, base in enumerate(task.units):
+                line = open_columns(Path(f"{base}.rows"))["nearest_line"]
+                edges = _offsets(np.array(reports[unit]["nearest"])).tolist()
+                for start, (a, b) in zip(starts["nearest"][unit].tolist(), pairwise(edges), strict=True):
+                    yield "nearest_row", start, _rows_of_lines(row_of_line, line[a:b])
 
     target = Path(task.target)
     write_columns(target, columns, pieces())
@@ -299,6 +325,18 @@ def join_units(task: JoinTask) -> dict[str, Any]:
     return report
 
 
+def _rows_of_lines(row_of_line: np.ndarray, line: np.ndarray) -> np.ndarray:
+    """Rows of the table that these lines became; ValueError for a line that became none."""
+    there = line < len(row_of_line)
+    rows = np.where(there, row_of_line[np.where(there, line, 0)], -1)
+    if (rows < 0).any():
+        raise ValueError(
+            f"`nearest` names line {int(line[np.argmax(rows < 0)])} of its file, which is no row of the store; lines "
+            "have moved since mining wrote them: mine again"
+        )
+    return rows
+
+
 def _starts(count: np.ndarray) -> np.ndarray:
     """Where the part of each [unit, bucket] begins: bucket after bucket, and inside a bucket unit after unit."""
     by_bucket = count.T.reshape(-1)
@@ -315,7 +353,7 @@ def _unit_pieces(
             continue
         for name in ("query_text", "category_text", "source_line", "instruction", "length"):
             yield name, place["rows"][j], found[name][a:b]
-        for name in ("pos", "neg"):
+        for name in [name for name in place if name != "rows"]:
             part = slice(edges[name][j], edges[name][j + 1])
             yield f"{name}_offsets", place["rows"][j], place[name][j] + _offsets(found[f"{name}_count"][a:b])[:-1]
             for column in (f"{name}_text", f"{name}_score"):

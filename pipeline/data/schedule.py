@@ -19,6 +19,7 @@ from pipeline.settings import DatasetSettings, ExampleSettings, Settings
 if TYPE_CHECKING:
     from pipeline.data.store import DatasetTable, TokenStore
 
+MINE = "python pipeline/mine_negatives.py --config RECIPE.yaml --embedder MODEL --out DIR"
 NUM_FIXED_EXAMPLES = 3  # the paper's ablation: three a task, the same for every query
 
 _FIXED = 101  # purpose of a key; those of the steps stand in sampling.py
@@ -214,6 +215,8 @@ def _require_examples(
         raise ValueError(f"dataset {table.name!r} has one row, so no other row can be its example; {remedy}")
     if examples.mode in ("in_batch", "filler") and dataset.num_queries < 2:
         raise ValueError(f"dataset {table.name!r} has batches of one query, so none can show another; {remedy}")
+    if examples.mode == "nearest":
+        _require_nearest(table)
     # Most datasets show in their first block that something fits.
     query_min, example_min, infinite = 1 << 60, 1 << 60, 1 << 60
     for start in range(0, table.num_rows, _BLOCK_ROWS):
@@ -230,6 +233,14 @@ def _require_examples(
         f"query {query_min}, preprocess.max_prompt_tokens={limits.max_prompt_tokens}; raise the limit, or set "
         "batch.examples.mode=none"
     )
+
+
+def _require_nearest(table: DatasetTable) -> None:
+    if table.nearest_row is None or len(table.nearest_row) == 0:
+        raise ValueError(
+            f"dataset {table.name!r} has no neighbours for batch.examples.mode=nearest: no row names any in `nearest`. "
+            f"{MINE} finds them; preprocess the rows that it writes, or set another mode"
+        )
 
 
 def _shortest_example(

@@ -112,6 +112,9 @@ class DatasetTable:
     source_line_N: np.ndarray  # int64, 1-based line (or row) counted through the raw files in order
     entry: str  # the recipe's entry that it comes from: of a folder many datasets come
     no_in_batch_neg: bool  # the name of a raw file or folder says that its rows are no negatives for each other
+    # Found by mining, best first: those of row n are nearest_row[nearest_offsets[n] : nearest_offsets[n + 1]].
+    nearest_offsets: np.ndarray | None  # int64, N + 1; None: the raw rows name no neighbours
+    nearest_row: np.ndarray | None  # int64, row numbers inside the dataset
 
 
 @dataclass(frozen=True)
@@ -358,6 +361,8 @@ def open_table(path: Path, entry: DatasetEntry) -> DatasetTable:
             source_line_N=columns["source_line"],
             entry=entry.source["entry"],
             no_in_batch_neg=entry.source["no_in_batch_neg"],
+            nearest_offsets=columns.get("nearest_offsets"),
+            nearest_row=columns.get("nearest_row"),
         )
     except (ValueError, KeyError) as error:
         raise ValueError(f"{error}; rebuild the store: {REBUILD}") from error

@@ -60,6 +60,8 @@ class _Rows:
     neg: list[int] = field(default_factory=list)
     pos_score: list[float] = field(default_factory=list)
     neg_score: list[float] = field(default_factory=list)
+    nearest_count: list[int] = field(default_factory=list)
+    nearest: list[int] = field(default_factory=list)
 
     def place(self, text: str, kind: int) -> int:
         i = self.texts.setdefault(text, len(self.kinds))
@@ -114,6 +116,7 @@ def build_unit(task: UnitTask) -> dict[str, Any]:
         "num_rows": len(rows.query),
         "types": dict(sorted(types.items())),
         "scored": scored,
+        "nearest": bool(rows.nearest),
         "instructions": list(rows.instructions),
         "columns": list(columns),
         "columns_read": sorted(read),
@@ -140,6 +143,8 @@ def _add_row(rows: _Rows, record: RawRecord, number: int) -> None:
     rows.neg_count.append(len(record.neg))
     rows.pos.extend([rows.place(text, pos_kind) for text in record.pos])
     rows.neg.extend([rows.place(text, neg_kind) for text in record.neg])
+    rows.nearest_count.append(len(record.nearest))
+    rows.nearest.extend(record.nearest)
     nan = float("nan")
     rows.pos_score.extend([nan] * len(record.pos) if record.pos_scores is None else record.pos_scores)
     rows.neg_score.extend([nan] * len(record.neg) if record.neg_scores is None else record.neg_scores)
@@ -191,6 +196,7 @@ def _write_rows(path: Path, rows: _Rows, place: np.ndarray) -> None:
         "neg": ragged(rows.neg_count, places(rows.neg)),
         "pos_score": ragged(rows.pos_count, np.array(rows.pos_score, dtype=np.float32)),
         "neg_score": ragged(rows.neg_count, np.array(rows.neg_score, dtype=np.float32)),
+        "nearest": ragged(rows.nearest_count, np.array(rows.nearest, dtype=np.int64)),
     }
     batch = pa.RecordBatch.from_arrays(list(columns.values()), list(columns))
     write_batches(path, [batch], batch.schema)
