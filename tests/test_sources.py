@@ -18,9 +18,9 @@ from samples import REPOSITORY, sample_rows
 from pipeline.data import building
 from pipeline.data.beir import join_title
 from pipeline.data.building import build_store
+from pipeline.data.finding import find_sources
 from pipeline.data.raw_rows import raw_row
 from pipeline.data.schedule import make_schedule
-from pipeline.data.sources import find_sources
 from pipeline.data.store import Manifest, TokenStore, open_store, require_match
 from pipeline.data.tokenizing import PromptTokenizer, load_tokenizer
 from pipeline.evaluation.tasks import load_task
@@ -225,7 +225,9 @@ def beir(tmp_path: Path) -> Path:
     (folder / "qrels").mkdir(parents=True)
     corpus = [{"_id": f"d{i}", "title": f"Title {i}" if i % 2 else "", "text": f"Text {i}."} for i in range(9)]
     (folder / "corpus.jsonl").write_bytes(lines(corpus) + b"broken\n")
-    (folder / "queries.jsonl").write_bytes(lines([{"_id": f"q{i}", "text": f"Question {i}?"} for i in range(6)]))
+    (folder / "queries.jsonl").write_bytes(
+        lines([{"_id": f"q{i}", "title": "x", "text": f"Question {i}?"} for i in range(6)])
+    )
     judged = ["q0 d0 1", "q1 d1 2", "q0 d3 0", "q2 missing 1", "q2 d2 1", "q3 d4 0", "gone d1 1", "q0 d5 1", "q4 d1 1"]
     header = "query-id\tcorpus-id\tscore\n"
     (folder / "qrels/train.tsv").write_text(header + "\n".join(judged).replace(" ", "\t") + "\n")
@@ -454,6 +456,11 @@ def test_rows_that_stand_twice_in_a_mix_are_named(
     for other in ("folder/a.jsonl", "b.jsonl", "folder"):
         with pytest.raises(ValueError, match=r"a\.jsonl of dataset 'first' and .* of dataset 'second.*the same bytes"):
             build_store(settings_of(first, {"name": "second", "path": other, "columns": PAIRS}), 1)
+    # Spark writes many empty files that are alike; they hold no rows.
+    for i in range(3):
+        pq.write_table(pa.table({"query": ["q"], "pos": ["p"]}).slice(0, 0 if i else 1), tmp_path / f"raw/{i}.parquet")
+    store, _ = build({"name": "spark", "path": "*.parquet", "merge_files": True}, store="spark")
+    assert store.datasets[0].num_rows == 1
     back = {"name": "back", "path": "b.jsonl", "columns": {"query": "positive", "pos": "anchor"}}
     store, _ = build(first, back)
     assert [row["query"] for row in stored_rows(store, 1)] == [row["pos"][0] for row in plain(ROWS)]

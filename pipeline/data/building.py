@@ -22,6 +22,7 @@ import pyarrow as pa
 
 from pipeline.data.blocks import BLOCK_BYTES, Block, RawFile, add_checksum, iter_blocks
 from pipeline.data.composing import Limits, compose_query, compose_wrapped
+from pipeline.data.finding import find_sources
 from pipeline.data.joining import check_joined
 from pipeline.data.parallel import open_pool, run_tasks
 from pipeline.data.pieces import KINDS
@@ -39,7 +40,6 @@ from pipeline.data.row_tables import (
 )
 from pipeline.data.sources import (
     Source,
-    find_sources,
     full_identity,
     group_size_of,
     is_empty,
