@@ -41,8 +41,8 @@ def beir_rows(qrels: Path, corpus: Path, queries: Path) -> Iterator[dict[str, An
     """
     grades = read_grades(qrels)
     wanted = {passage for judged in grades.values() for passage in judged}
-    passages = _read_texts(corpus, wanted, with_title=True)
-    query_texts = _read_texts(queries, grades, with_title=False)
+    passages = read_texts(corpus, wanted, with_title=True)
+    query_texts = read_texts(queries, grades, with_title=False)
     for query, judged in grades.items():
         missing = [passage for passage in judged if passage not in passages]
         if query not in query_texts:
@@ -74,7 +74,7 @@ def read_grades(qrels: Path) -> dict[str, dict[str, int]]:
     return grades
 
 
-def _read_texts(path: Path, wanted: Container[str], with_title: bool) -> dict[str, str]:
+def read_texts(path: Path, wanted: Container[str], with_title: bool) -> dict[str, str]:
     """Text of the wanted ids, behind its title or without it.
 
     A line that is no text is not found by its id; how many there are is said.
