@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from pipeline.data import blocks, jsonl
 from pipeline.data.blocks import Block, RawFile, RawRow, add_checksum, file_state, is_stream, iter_blocks, read_rows
-from pipeline.data.sources import SUFFIXES
+from pipeline.data.finding import SUFFIXES
 from pipeline.settings import ColumnSettings
 
 COLUMNS = ColumnSettings()

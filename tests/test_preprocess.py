@@ -17,9 +17,9 @@ from samples import REPOSITORY, file_digests, sample_rows
 
 from pipeline.data import building
 from pipeline.data.building import build_store
+from pipeline.data.finding import find_sources
 from pipeline.data.joining import check_joined
 from pipeline.data.parallel import open_pool
-from pipeline.data.sources import find_sources
 from pipeline.data.store import TokenStore, open_store
 from pipeline.data.tokenizing import PromptTokenizer, load_tokenizer
 from pipeline.preprocess import main

@@ -151,6 +151,26 @@ def test_several_columns_join_without_nulls_in_the_order_of_the_recipe() -> None
     assert mapped({"query": "q", "p_1": "p", "p_2": ""}, pos=("p_1", "p_2")) == "an empty text in pos"
 
 
+SHAPES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3) | st.binary(max_size=2),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=2), inner, max_size=2),
+    max_leaves=5,
+)
+NAMES = st.sampled_from(["query", "pos", "neg", "pos_scores", "neg_scores", "type", "category", "prompt", "a", "b_1"])
+SOME_NAMES = st.none() | st.lists(NAMES | st.sampled_from(["b_*", "*"]), max_size=2).map(tuple)
+
+
+@given(
+    row=st.dictionaries(NAMES, SHAPES | st.just("t") | st.just(["t"])),
+    columns=st.fixed_dictionaries({name: SOME_NAMES for name in ("query", "pos", "neg", "neg_scores", "type")}),
+)
+def test_any_shape_is_a_row_or_a_reason(row: dict[str, object], columns: dict[str, tuple[str, ...] | None]) -> None:
+    for found in (mapped(row, **columns), check_row(row, RowRules())):
+        assert isinstance(found, (RawRecord, str)) and found
+        if isinstance(found, RawRecord):
+            assert all(isinstance(text, str) and text for text in (found.query, *found.pos, *found.neg))
+
+
 def test_a_star_is_the_only_sign_with_a_meaning() -> None:
     row = {"query": "q", "p[0]": "p", "p0": "other"}
     found = mapped(row, pos=("p[0]*",))

@@ -16,12 +16,12 @@ import zstandard
 from samples import REPOSITORY, sample_rows
 
 from pipeline.data import building
-from pipeline.data.beir import join_title
+from pipeline.data.beir import join_title, read_texts
 from pipeline.data.building import build_store
+from pipeline.data.finding import find_sources
 from pipeline.data.parallel import open_pool
 from pipeline.data.raw_rows import raw_row
 from pipeline.data.schedule import make_schedule
-from pipeline.data.sources import find_sources
 from pipeline.data.store import Manifest, TokenStore, open_store, require_match
 from pipeline.data.tokenizing import PromptTokenizer, load_tokenizer
 from pipeline.evaluation.tasks import load_task
@@ -30,7 +30,7 @@ from pipeline.prompts import Template
 from pipeline.settings import Settings, load_settings
 
 ROWS = sample_rows("squad_newwiki", 60)
-SMALL = {"block_bytes": 3_000, "partition_bytes": 20_000}
+SMALL = {"block_bytes": 8_000, "partition_bytes": 100_000}
 Build = Callable[..., tuple[TokenStore, Settings]]
 
 
@@ -113,23 +113,28 @@ def write(path: Path, rows: list[dict[str, Any]]) -> Path:
     return path
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.parquet", "saved"])
+FORMATS = ("a.jsonl", "b.jsonl.gz", "c.jsonl.zst", "d.parquet", "saved")
+
+
 @pytest.mark.parametrize("columns", [False, True])
-def test_every_format_gives_the_same_store_rows(tmp_path: Path, build: Build, name: str, columns: bool) -> None:
-    write(tmp_path / "raw" / name, pairs(ROWS) if columns else ROWS)
-    entry = {"name": "a", "path": name, "instruction": "Find it.", "type": "normal"}
-    store, settings = build(entry | ({"columns": PAIRS} if columns else {}))
-    assert stored_rows(store) == plain(PAIR_ROWS if columns else ROWS)
+def test_every_format_gives_the_same_rows_for_any_number_of_processes(
+    tmp_path: Path, build: Build, columns: bool
+) -> None:
+    for name in FORMATS:
+        write(tmp_path / "raw" / name, pairs(ROWS) if columns else ROWS)
+    common = {"instruction": "Find it.", "type": "normal"} | ({"columns": PAIRS} if columns else {})
+    store, settings = build(*({"name": name, "path": name} | common for name in FORMATS))
+    for i in range(len(FORMATS)):
+        assert stored_rows(store, i) == plain(PAIR_ROWS if columns else ROWS)
     own = () if columns else tuple(dict.fromkeys(row["prompt"] for row in ROWS))
     assert store.instructions == (own or ("Find it.",)), "a row's own prompt goes before"
-    assert store.manifest.counts["rows"] == len(ROWS) and store.manifest.counts["quarantined"] == 0
-    if not columns:
-        return
-    with_three = replace(settings, data=replace(settings.data, store=settings.data.store + "-3"))
-    with open_pool(3) as pool:
-        build_store(with_three, pool, **SMALL)
-    files = [path.name for path in store.path.iterdir()]
-    assert all((store.path / f).read_bytes() == (Path(with_three.data.store) / f).read_bytes() for f in files)
+    assert store.manifest.counts["rows"] == 5 * len(ROWS) and store.manifest.counts["quarantined"] == 0
+    if columns:
+        with_three = replace(settings, data=replace(settings.data, store=settings.data.store + "-3"))
+        with open_pool(3) as pool:
+            build_store(with_three, pool, **SMALL)
+        files = [path.name for path in store.path.iterdir()]
+        assert all((store.path / f).read_bytes() == (Path(with_three.data.store) / f).read_bytes() for f in files)
 
 
 def test_bad_rows_of_tables_are_quarantined_by_row(tmp_path: Path, build: Build) -> None:
@@ -164,7 +169,7 @@ def test_each_file_of_a_folder_is_a_dataset_in_order_of_names(
     for i in (1, 0):
         write(raw / f"hotpot-0000{i}-of-00002.parquet", ROWS[40 + 10 * i : 50 + 10 * i])
     (raw / "README.md").write_text("about")
-    for path in ("data", "data/", "data/*", "../raw/data/*.*"):
+    for path in ("data/", "../raw/data/*.*"):
         store_name = f"store{len(path)}"
         with caplog.at_level("INFO"):
             store, settings = build({"name": "mix", "path": path, "instruction": "Find."}, store=store_name)
@@ -227,7 +232,9 @@ def beir(tmp_path: Path) -> Path:
     (folder / "qrels").mkdir(parents=True)
     corpus = [{"_id": f"d{i}", "title": f"Title {i}" if i % 2 else "", "text": f"Text {i}."} for i in range(9)]
     (folder / "corpus.jsonl").write_bytes(lines(corpus) + b"broken\n")
-    (folder / "queries.jsonl").write_bytes(lines([{"_id": f"q{i}", "text": f"Question {i}?"} for i in range(6)]))
+    (folder / "queries.jsonl").write_bytes(
+        lines([{"_id": f"q{i}", "title": "x", "text": f"Question {i}?"} for i in range(6)])
+    )
     judged = ["q0 d0 1", "q1 d1 2", "q0 d3 0", "q2 missing 1", "q2 d2 1", "q3 d4 0", "gone d1 1", "q0 d5 1", "q4 d1 1"]
     header = "query-id\tcorpus-id\tscore\n"
     (folder / "qrels/train.tsv").write_text(header + "\n".join(judged).replace(" ", "\t") + "\n")
@@ -255,6 +262,11 @@ def test_beir_folder(beir: Path, build: Build, caplog: pytest.LogCaptureFixture)
         "beir/corpus.jsonl",
         "beir/queries.jsonl",
     ]
+
+
+def test_only_the_texts_that_judgements_refer_to_are_held(beir: Path) -> None:
+    assert read_texts(beir / "corpus.jsonl", {"d1", "gone"}, with_title=True) == {"d1": "Title 1 Text 1."}
+    assert read_texts(beir / "queries.jsonl", {"q0"}, with_title=False) == {"q0": "Question 0?"}
 
 
 def test_beir_texts_are_those_of_evaluation(beir: Path, build: Build) -> None:
@@ -328,7 +340,7 @@ def test_hub_names_are_read_by_the_same_path(build: Build, fake_hub: list[tuple[
     )
     assert stored_rows(store) == plain(PAIR_ROWS)
     assert set(fake_hub) == {("owner/pairs", "triplet", "train", COMMIT, streaming)}
-    assert len(store.manifest.text_files) > 1
+    assert len(list(store.path.glob("texts-*"))) == (4 if streaming else 1)
 
 
 def test_hub_errors_name_the_dataset(fake_hub: list[tuple[Any, ...]], settings_of: Callable[..., Settings]) -> None:
@@ -456,6 +468,11 @@ def test_rows_that_stand_twice_in_a_mix_are_named(
     for other in ("folder/a.jsonl", "b.jsonl", "folder"):
         with pytest.raises(ValueError, match=r"a\.jsonl of dataset 'first' and .* of dataset 'second.*the same bytes"):
             build_store(settings_of(first, {"name": "second", "path": other, "columns": PAIRS}), None)
+    # Spark writes many empty files that are alike; they hold no rows.
+    for i in range(3):
+        pq.write_table(pa.table({"query": ["q"], "pos": ["p"]}).slice(0, 0 if i else 1), tmp_path / f"raw/{i}.parquet")
+    store, _ = build({"name": "spark", "path": "*.parquet", "merge_files": True}, store="spark")
+    assert store.datasets[0].num_rows == 1
     back = {"name": "back", "path": "b.jsonl", "columns": {"query": "positive", "pos": "anchor"}}
     store, _ = build(first, back)
     assert [row["query"] for row in stored_rows(store, 1)] == [row["pos"][0] for row in plain(ROWS)]

@@ -41,7 +41,8 @@ def beir_rows(qrels: Path, corpus: Path, queries: Path) -> Iterator[dict[str, An
     """
     grades = read_grades(qrels)
     wanted = {passage for judged in grades.values() for passage in judged}
-    passages, query_texts = _read_texts(corpus, wanted), _read_texts(queries, grades)
+    passages = read_texts(corpus, wanted, with_title=True)
+    query_texts = read_texts(queries, grades, with_title=False)
     for query, judged in grades.items():
         missing = [passage for passage in judged if passage not in passages]
         if query not in query_texts:
@@ -73,8 +74,11 @@ def read_grades(qrels: Path) -> dict[str, dict[str, int]]:
     return grades
 
 
-def _read_texts(path: Path, wanted: Container[str]) -> dict[str, str]:
-    """Title and text of the wanted ids. A line that is no text is not found by its id; how many there are is said."""
+def read_texts(path: Path, wanted: Container[str], with_title: bool) -> dict[str, str]:
+    """Text of the wanted ids, behind its title or without it.
+
+    A line that is no text is not found by its id; how many there are is said.
+    """
     texts: dict[str, str] = {}
     num_bad = 0
     with path.open("rb") as file:
@@ -92,7 +96,7 @@ def _read_texts(path: Path, wanted: Container[str]) -> dict[str, str]:
             if not isinstance(identity, (str, int)) or not isinstance(title, str) or not isinstance(text, str):
                 num_bad += 1
             elif str(identity) in wanted:
-                texts[str(identity)] = join_title(title, text)
+                texts[str(identity)] = join_title(title, text) if with_title else text
     if num_bad:
         log.warning("%s: %d lines are no texts with an _id; rows that need them are quarantined", path, num_bad)
     return texts

@@ -21,6 +21,7 @@ from typing import Any
 
 from pipeline.data.blocks import BLOCK_BYTES, Block, RawFile, add_checksum, iter_blocks
 from pipeline.data.composing import Limits, compose_query, compose_wrapped
+from pipeline.data.finding import find_sources
 from pipeline.data.joining import check_joined
 from pipeline.data.parallel import run_tasks
 from pipeline.data.pieces import KINDS
@@ -28,7 +29,6 @@ from pipeline.data.quality import require_usable, write_quarantine
 from pipeline.data.row_tables import HISTOGRAM_EDGES, JoinTask, MeasureTask, TextShards, join_units, measure_unit
 from pipeline.data.sources import (
     Source,
-    find_sources,
     full_identity,
     group_size_of,
     is_empty,

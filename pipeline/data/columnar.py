@@ -104,10 +104,7 @@ def _arrow(path: str) -> Iterator[pa.Table]:
     try:
         with pa.memory_map(path) as file:
             # A file cut off between two batches would just be shorter.
-            if (
-                file.size() < len(_ARROW_END)
-                or file.read_at(len(_ARROW_END), file.size() - len(_ARROW_END)) != _ARROW_END
-            ):
+            if file.read_at(len(_ARROW_END), max(file.size() - len(_ARROW_END), 0)) != _ARROW_END:
                 raise ValueError(f"{path} is not a whole Arrow file: its end is missing; copy or save it again")
             yield pa.ipc.open_stream(file).read_all()
     except (pa.ArrowException, OSError) as error:
