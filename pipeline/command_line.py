@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 COMMANDS = {
     "preprocess": ("pipeline.preprocess", "tokenize raw rows and store them in length buckets"),
+    "score": ("pipeline.score_rows", "let a teacher score rows, for distillation"),
     "plan": ("pipeline.plan_run", "show what a training run will do, without running it"),
     "train": ("pipeline.train", "train an embedder (several ranks: deepspeed pipeline/train.py)"),
     "evaluate": ("pipeline.evaluate_embedder", "score a model zero-shot and few-shot"),
@@ -14,7 +15,7 @@ COMMANDS = {
 
 def usage() -> str:
     """The list of subcommands as text."""
-    lines = [f"  {name:<12} {summary}" for name, (_, summary) in COMMANDS.items()]
+    lines = [f"  {name:<13} {summary}" for name, (_, summary) in COMMANDS.items()]
     return "\n".join(
         [
             "usage: bge-icl COMMAND [options]",

@@ -12,7 +12,7 @@ from pipeline.command_line import COMMANDS
 
 ROOT = Path(__file__).resolve().parents[1]
 PIPELINE = ROOT / "pipeline"
-ROOMS = ("data", "model", "runtime", "inference", "evaluation")
+ROOMS = ("data", "model", "runtime", "inference", "evaluation", "mining")
 
 # What a room may import from the pipeline. Entries (the other files directly in pipeline/) may import all of it, and
 # nobody imports an entry.
@@ -27,6 +27,7 @@ ALLOWED = {
     "runtime": LEAVES | {"settings", "data", "model", "runtime"},
     "inference": LEAVES | {"settings", "data", "model", "inference"},
     "evaluation": LEAVES | {"settings", "inference", "evaluation"},
+    "mining": LEAVES | {"settings", "data", "inference", "mining"},
     "entry": LEAVES | {"settings", *ROOMS},
 }
 
