@@ -7,6 +7,7 @@ from collections.abc import Sequence
 COMMANDS = {
     "preprocess": ("pipeline.preprocess", "tokenize raw rows and store them in length buckets"),
     "reserve": ("pipeline.reserve_rows", "set rows aside as evaluation set and in-context examples"),
+    "decontaminate": ("pipeline.decontaminate", "drop rows whose texts stand in an evaluation set"),
     "score": ("pipeline.score_rows", "let a teacher score rows, for distillation"),
     "plan": ("pipeline.plan_run", "show what a training run will do, without running it"),
     "train": ("pipeline.train", "train an embedder (several ranks: deepspeed pipeline/train.py)"),
