@@ -146,7 +146,10 @@ def score_table(store: TokenStore, report: Mapping[str, Any]) -> str:
             shares.append([name, *(f"{d['entropy'][str(t)]:.3f}" for t in TEMPERATURES)])
     unit = "pairs" if report.get("kind") == "cross_encoder" else "texts"
     limit = report.get("max_tokens")
-    note = f"scale: {report.get('scale')}; read: distinct {unit}; cut: longer than the teacher's {limit} tokens"
+    limits = ", ".join(f"{side} {n}" for side, n in limit.items()) if isinstance(limit, dict) else f"pair {limit}"
+    note = (
+        f"scale: {report.get('scale')}; read: distinct {unit}; cut: longer than the teacher's limit (tokens: {limits})"
+    )
     return "\n".join([_align(counts), note, _align(shares)])
 
 

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from samples import write_recipe
 
+from pipeline.data.eval_folder import write_eval_folder
 from pipeline.data.normalizing import normalize_text, store_keys, text_key
 from pipeline.data.reserving import Links, Reserved, count_links, find_links, group_of, linked_to, reserve
 from pipeline.data.store import open_store
@@ -28,6 +29,7 @@ def test_texts_that_count_as_the_same() -> None:
     assert {normalize_text(text) for text in same} == {"strasse nach ulm"}
     assert len({text_key(text) for text in same}) == 1
     assert normalize_text("e\u0301") == normalize_text("É") == "\u00e9"
+    assert normalize_text("\u0390") == "\u0390", "case folding alone takes it apart"
     assert len({text_key(text) for text in ("a b", "ab", "a.b", "á b", "")}) == 5
 
 
@@ -244,6 +246,35 @@ def test_the_split_is_disjoint_and_the_task_is_right(
     # "similarity" holds half of the rows of "entailment" once more: those that were reserved there must go here.
     assert report["similarity"]["dropped_for_others"] > 0
     assert "nothing reserved from similarity, emotion, topics: the evaluation scores retrieval" in printed
+
+
+def test_a_folder_of_rows_with_shared_texts(tmp_path: Path) -> None:
+    rows = [
+        {"query": "Same", "pos": ["a"], "neg": ["A ", "x"], "instruction": "one"},
+        {"query": "same ", "pos": ["b"], "neg": ["other"], "instruction": "two"},
+        {"query": "other", "pos": ["c", "d"], "neg": ["SAME"], "instruction": "two"},
+        {"query": "shown", "pos": ["e", "f"], "neg": ["x"], "instruction": "two"},
+    ]
+    store = make_store({"d": ("normal", rows)})
+    keys_U = np.array([text_key(text) for text in store.texts], dtype=np.uint64)
+    dev_N, example_N = np.array([True, True, True, False]), np.array([False, False, False, True])
+    found = write_eval_folder(tmp_path / "d", store, store.datasets[0], keys_U, dev_N, example_N)
+    task = load_task(tmp_path / "d")
+    assert list(task.queries.values()) == ["Same", "other"], "one query in its first form"
+    assert sorted(task.corpus.values()) == ["a", "b", "c", "d", "e", "f", "x"], "no dev query, no passage twice"
+    relevant = {task.queries[q]: {task.corpus[d] for d in judged} for q, judged in task.relevant.items()}
+    assert relevant == {"Same": {"a", "b"}, "other": {"c", "d"}}
+    assert task.examples == (("shown", "e"),)
+    assert task.instruction == "two" and found.other_instructions == 1
+    assert (found.queries, found.passages, found.judgements, found.passages_like_queries) == (2, 7, 4, 2)
+
+
+def test_a_query_that_answers_another_stays_in_the_corpus(tmp_path: Path) -> None:
+    rows = [{"query": "a", "pos": ["b"], "neg": []}, {"query": "b", "pos": ["c"], "neg": []}]
+    store = make_store({"d": ("normal", rows)})
+    keys_U = np.array([text_key(text) for text in store.texts], dtype=np.uint64)
+    write_eval_folder(tmp_path / "d", store, store.datasets[0], keys_U, np.array([True, True]), np.zeros(2, bool))
+    assert sorted(load_task(tmp_path / "d").corpus.values()) == ["b", "c"]
 
 
 def test_the_written_recipe_preprocesses_what_is_left(recipe: Path, tmp_path: Path) -> None:

@@ -212,7 +212,8 @@ def test_an_own_embedder_gives_cosines(recipe: Path, embedder: Path, tmp_path: P
     from pipeline.inference.embedder import load_embedder
 
     report = run_score(recipe, embedder, tmp_path / "out", "--dataset", "normal", "--dataset", "symmetric_sts")
-    assert (report["kind"], report["scale"], report["max_tokens"]) == ("embedder", "cosine", 60)
+    assert (report["kind"], report["scale"]) == ("embedder", "cosine")
+    assert report["max_tokens"] == {"query": 60, "passage": 60}
     model = load_embedder(embedder, show_progress=False)
     for name in ("normal", "symmetric_sts"):
         for row in rows_of(tmp_path / f"out/{name}.jsonl")[::8]:

@@ -5,7 +5,7 @@ N texts or pairs, D width.
 
 import importlib.util
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -40,7 +40,7 @@ class TextTeacher:
 
     kind: Kind
     scale: Literal["cosine"]
-    max_tokens: int | None
+    max_tokens: Mapping[str, int | None]  # of "query" and "passage"
     uses_instruction: bool
     embed: Callable[[Sequence[str], str, bool], Scored]
 
@@ -128,7 +128,8 @@ def _load_sentence_transformer(path: Path, batch_size: int) -> TextTeacher:
         )
         return np.asarray(embeddings_ND, dtype=np.float32), _is_cut(model, [prompt + text for text in texts])
 
-    return TextTeacher("sentence_transformer", "cosine", model.max_seq_length, False, embed)
+    limits = dict.fromkeys(("query", "passage"), model.max_seq_length)
+    return TextTeacher("sentence_transformer", "cosine", limits, False, embed)
 
 
 def _prompt(model: Any, *names: str) -> str:
@@ -157,7 +158,8 @@ def _load_embedder(path: Path) -> TextTeacher:
             return embedder.encode_queries(texts, instruction), cut_N
         return embedder.encode_passages(texts), cut_N
 
-    return TextTeacher("embedder", "cosine", embedder.limits.max_passage_tokens, True, embed)
+    limits = {"query": embedder.limits.max_query_tokens, "passage": embedder.limits.max_passage_tokens}
+    return TextTeacher("embedder", "cosine", limits, True, embed)
 
 
 def _is_cut_here(embedder: "FewShotEmbedder", texts: Sequence[str], instruction: str, as_query: bool) -> np.ndarray:
