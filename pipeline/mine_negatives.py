@@ -134,18 +134,19 @@ def require_packages(embedder: str, teacher: str | None) -> None:
 def choose_datasets(store: TokenStore, settings: Settings, names: Sequence[str] | None) -> list[DatasetTable]:
     """The tables of the datasets asked for, in the order of the store; ValueError names one that is not there."""
     known = [dataset.name for dataset in settings.data.datasets]
+    stored = [table.name for table in store.datasets]
     for name in names or ():
-        if name not in known:
+        if name not in known and name not in stored:
             raise ValueError(f"--dataset {name} is not in the recipe; it has {', '.join(known)}")
     wanted = names or known
-    stored = {table.name: table for table in store.datasets}
+    found = [table for table in store.datasets if table.name in wanted or table.entry in wanted]
     for name in wanted:
-        if name not in stored:
+        if not any(name in (table.name, table.entry) for table in found):
             raise ValueError(
                 f"dataset {name!r} is not in the store {store.path}, which has {', '.join(stored)}; preprocess the "
                 "recipe first"
             )
-    return [table for name, table in stored.items() if name in wanted]
+    return found
 
 
 def mine(args: argparse.Namespace, options: MiningOptions, store: TokenStore, tables: Sequence[DatasetTable]) -> None:
@@ -155,12 +156,12 @@ def mine(args: argparse.Namespace, options: MiningOptions, store: TokenStore, ta
     from pipeline.mining.embedding import is_own_model, load_text_encoder, model_folder
     from pipeline.mining.folder import embedding_record, option_record
     from pipeline.mining.report import summary_table, write_reports
-    from pipeline.mining.teacher import load_teacher, require_teacher
+    from pipeline.mining.teacher import find_kind, load_judge
 
     words = args.embedder == BM25
     folder = Path(BM25) if words else model_folder(args.embedder)
-    if options.teacher is not None:
-        require_teacher(options.teacher)
+    if options.teacher is not None and (kind := find_kind(Path(options.teacher))) != "cross_encoder":
+        raise ValueError(f"--teacher {options.teacher} holds a {kind}; candidates are judged by a cross-encoder")
     start = time.monotonic()
     record = embedding_record(None if words else folder, store.path)
     prepare_folder(args.out, record, option_record(options), args.overwrite)
@@ -171,7 +172,7 @@ def mine(args: argparse.Namespace, options: MiningOptions, store: TokenStore, ta
         embedder=args.embedder,
         wraps_passages=not words and is_own_model(folder),
         load_encoder=functools.cache(lambda: load_text_encoder(folder, args.batch_size)),
-        load_teacher=functools.cache(lambda: load_teacher(str(options.teacher), store, args.batch_size))
+        load_teacher=functools.cache(lambda: load_judge(Path(str(options.teacher)), store, args.batch_size))
         if options.teacher is not None
         else None,
         shard_texts=args.shard_texts,

@@ -435,7 +435,7 @@ def test_another_model_is_refused_and_overwrite_embeds_anew(
         (["--nearest", "-1"], "--nearest -1 must be 0"),
         (["--shard-texts", "0"], "--shard-texts 0 must be at least 1"),
         (["--dataset", "msmarco"], "--dataset msmarco is not in the recipe; it has normal, "),
-        (["--teacher", "{tmp}"], "holds no model (config.json)"),
+        (["--teacher", "{tmp}"], "holds neither a cross-encoder"),
         (["data.store={tmp}/none"], "does not exist; build it: python pipeline/preprocess.py"),
         (["--out", "{tmp}"], "is not empty and holds no results of mining"),
         (["--out", "{tmp}/file"], "is a file; name a folder"),
