@@ -232,7 +232,10 @@ def test_files_of_a_folder_as_one_dataset(tmp_path: Path, build: Build) -> None:
     assert stored_rows(store) == plain(ROWS[20:40] + ROWS[:20] + ROWS[40:])
     bad = [json.loads(line) for line in (store.path / "quarantine.jsonl").read_text().splitlines()]
     assert [(row["file"], row["line"]) for row in bad] == [("a.jsonl", 1), ("a.jsonl", 22)]
-    assert [f["name"] for f in store.manifest.datasets[0].source["files"]] == ["a.jsonl", "b.parquet", "c.jsonl.zst"]
+    source = store.manifest.datasets[0].source
+    assert [f["name"] for f in source["files"]] == ["a.jsonl", "b.parquet", "c.jsonl.zst"]
+    size = sum(path.stat().st_size for path in (tmp_path / "raw/parts").iterdir())
+    assert (source["name"], source["bytes"], source["entry"]) == ("3 files", size, "all")
 
 
 # BEIR.
