@@ -209,6 +209,20 @@ def test_a_folders_name_switches_in_batch_negatives_off_with_and_without_a_slash
     assert not find_sources(settings_of({"name": "nli", "path": "plain"}))[0].no_in_batch_neg
 
 
+def test_globs_through_folders_and_brackets_in_names(tmp_path: Path, settings_of: Callable[..., Settings]) -> None:
+    for i, name in enumerate(("b/x.jsonl", "a-1/x.jsonl", "a/x.jsonl", "c_no_in_batch_neg/y.jsonl")):
+        write(tmp_path / "raw [old]" / name, ROWS[i:])
+    write(tmp_path / "raw [old]/z[1].jsonl", ROWS[9:])
+    root = (f"data.root={tmp_path}/raw [old]",)
+    found = find_sources(settings_of({"name": "n", "path": "**/*.jsonl"}, overrides=root))
+    names = ["n/a-1/x", "n/a/x", "n/b/x", "n/c_no_in_batch_neg/y", "n/z[1]"]
+    assert [source.dataset.name for source in found] == names
+    assert [source.no_in_batch_neg for source in found] == [False, False, False, True, False]
+    assert [source.files[0].name for source in found][0] == "a-1/x.jsonl"
+    (single,) = find_sources(settings_of({"name": "n", "path": "z[1].jsonl"}, overrides=root))
+    assert single.dataset.name == "n"
+
+
 def test_files_of_a_folder_as_one_dataset(tmp_path: Path, build: Build) -> None:
     for i, name in enumerate(("b.parquet", "a.jsonl", "c.jsonl.zst")):
         write(tmp_path / "raw/parts" / name, ROWS[20 * i : 20 * i + 20])
@@ -220,7 +234,10 @@ def test_files_of_a_folder_as_one_dataset(tmp_path: Path, build: Build) -> None:
     assert stored_rows(store) == plain(ROWS[20:40] + ROWS[:20] + ROWS[40:])
     bad = [json.loads(line) for line in (store.path / "quarantine.jsonl").read_text().splitlines()]
     assert [(row["file"], row["line"]) for row in bad] == [("a.jsonl", 1), ("a.jsonl", 22)]
-    assert [f["name"] for f in store.manifest.datasets[0].source["files"]] == ["a.jsonl", "b.parquet", "c.jsonl.zst"]
+    source = store.manifest.datasets[0].source
+    assert [f["name"] for f in source["files"]] == ["a.jsonl", "b.parquet", "c.jsonl.zst"]
+    size = sum(path.stat().st_size for path in (tmp_path / "raw/parts").iterdir())
+    assert (source["name"], source["bytes"], source["entry"]) == ("3 files", size, "all")
 
 
 # BEIR.
@@ -427,6 +444,7 @@ def test_the_recipe_of_the_readme_is_read(tmp_path: Path, beir: Path, fake_hub: 
         ({"path": "pairs.parquet"}, "no column 'query'; name the one to read as columns.query; there are: anchor, po"),
         ({"path": "pairs.jsonl", "columns": PAIRS | {"neg": "negative"}}, "columns.neg names 'negative', which no row"),
         ({"path": "pairs.parquet", "columns": PAIRS | {"neg": "negative"}}, "columns.neg names 'negative', which does"),
+        ({"path": "none.parquet"}, "none.parquet) has no rows"),
         ({"path": "torn"}, "not a whole folder of save_to_disk"),
     ],
 )
@@ -442,6 +460,7 @@ def test_entries_that_make_no_sense(
     for name in ("pairs.jsonl", "pairs.parquet"):
         write(raw / name, pairs(ROWS))
     (raw / "empty").mkdir()
+    pq.write_table(pa.table({"query": ["q"], "pos": ["p"]}).slice(1), raw / "none.parquet")
     (raw / "a.csv").write_text("query,pos\n")
     (raw / "list.json").write_text(json.dumps(ROWS))
     write(raw / "folder/one.jsonl", ROWS)
@@ -476,6 +495,22 @@ def test_rows_that_stand_twice_in_a_mix_are_named(
     back = {"name": "back", "path": "b.jsonl", "columns": {"query": "positive", "pos": "anchor"}}
     store, _ = build(first, back)
     assert [row["query"] for row in stored_rows(store, 1)] == [row["pos"][0] for row in plain(ROWS)]
+
+
+def test_a_file_that_changes_during_a_build_leaves_no_store(
+    tmp_path: Path, settings_of: Callable[..., Settings], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings, real = settings_of({"name": "a", "path": "*", "merge_files": True}), building.add_checksum
+    for name in ("a.jsonl", "b.jsonl.zst", "c.parquet"):
+        for other in (tmp_path / "raw").iterdir():
+            other.unlink()
+        path = write(tmp_path / "raw" / name, ROWS)
+        with monkeypatch.context() as patch, pytest.raises(ValueError, match=f"{name} changed while it was being read"):
+            patch.setattr(building, "add_checksum", lambda state, path=path: (real(state), write(path, ROWS[:9]))[0])
+            build_store(settings, 1, **SMALL)
+        assert not (tmp_path / "store").exists()
+    manifest, _ = build_store(settings, 1, **SMALL)
+    assert manifest.counts["rows"] == 9, "run again, it is read as it is now"
 
 
 def test_names_that_collide_are_refused(tmp_path: Path, settings_of: Callable[..., Settings]) -> None:

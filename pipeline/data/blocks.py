@@ -126,7 +126,7 @@ def _cut(file: RawFile, block_bytes: int) -> Iterator[tuple[int, int, bytes | No
         for start, stop in (parquet_ranges if file.kind == "parquet" else arrow_ranges)(path, block_bytes):
             yield start, stop, None
     elif file.kind == "hub":
-        for count, data in hub_tables(path, file.config, file.split, file.columns, block_bytes, file.name):
+        for count, data in hub_tables(path, file.config, file.split, file.columns, block_bytes, path):
             yield at, at + count, data
             at += count
     else:

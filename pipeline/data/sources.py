@@ -1,5 +1,6 @@
 """The raw files of a recipe by dataset, and the identity of the store that they make."""
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -35,7 +36,15 @@ class Source:
             files += [
                 {"name": _part_name(file, part), "bytes": part.num_bytes, "sha256": part.sha256} for part in file.parts
             ] or [{"name": file.name, "bytes": 0, "sha256": ""}]  # streamed: its commit stands in the name
-        return {"entry": self.entry, "no_in_batch_neg": self.no_in_batch_neg, "files": files}
+        digests = [file["sha256"] for file in files]
+        return {
+            "name": files[0]["name"] if len(files) == 1 else f"{len(files)} files",
+            "bytes": sum(file["bytes"] for file in files),
+            "sha256": digests[0] if len(files) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest(),
+            "files": files,
+            "entry": self.entry,
+            "no_in_batch_neg": self.no_in_batch_neg,
+        }
 
 
 def _part_name(file: RawFile, part: FileState) -> str:

@@ -54,8 +54,8 @@ class DatasetEntry:
 
     name: str
     task_type: str
-    # entry: name of the recipe's entry; no_in_batch_neg: a file or folder is named so; files: name (without the folder
-    # of the machine), bytes and sha256 of each raw file.
+    # files: name (without the folder of the machine), bytes and sha256 of each raw file; name, bytes and sha256 of all
+    # together; entry: name of the recipe's entry; no_in_batch_neg: a file or folder is named so.
     source: dict[str, Any]
     instruction: str  # of rows without their own
     group_size: int  # that the length key reckons with
