@@ -507,9 +507,9 @@ def test_a_file_that_changes_during_a_build_leaves_no_store(
         path = write(tmp_path / "raw" / name, ROWS)
         with monkeypatch.context() as patch, pytest.raises(ValueError, match=f"{name} changed while it was being read"):
             patch.setattr(building, "add_checksum", lambda state, path=path: (real(state), write(path, ROWS[:9]))[0])
-            build_store(settings, 1, **SMALL)
+            build_store(settings, None, **SMALL)
         assert not (tmp_path / "store").exists()
-    manifest, _ = build_store(settings, 1, **SMALL)
+    manifest, _ = build_store(settings, None, **SMALL)
     assert manifest.counts["rows"] == 9, "run again, it is read as it is now"
 
 
