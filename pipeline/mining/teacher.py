@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.data.store import TokenStore
+from pipeline.mining.embedding import quiet_transformers
 
 
 def require_teacher(folder: str) -> None:
@@ -20,6 +21,7 @@ def load_teacher(folder: str, store: TokenStore, batch_size: int) -> Callable[[l
     Raises:
         ValueError: the model gives more than one score a pair, or one that is not finite.
     """
+    quiet_transformers()
     from sentence_transformers import CrossEncoder
 
     model = CrossEncoder(folder)
