@@ -1,5 +1,6 @@
 """Mining against its slow twin for any shards and blocks; killed runs, changed options, one message for each fault."""
 
+import fcntl
 import json
 import os
 import shutil
@@ -451,6 +452,21 @@ def test_faults_have_one_message(
     found = capsys.readouterr().err
     assert found.startswith("error: ") and message in found and found.count("\n") == 1
     assert (tmp_path / "file").read_text() == "mine" and not list(tmp_path.rglob("*.jsonl"))
+
+
+def test_one_process_mines_in_a_folder_and_a_damaged_record_is_named(
+    ready: Ready, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    (out / "work").mkdir(parents=True)
+    with (out / "work/lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert main(ready.command(out, embedder="bm25")) == 2
+    assert f"error: another process is mining in {out}" in capsys.readouterr().err
+    for record in ("{", "[]", "{}"):
+        (out / "settings.json").write_text(record)
+        assert main(ready.command(out, embedder="bm25")) == 2
+        assert str(out / "settings.json") in capsys.readouterr().err
 
 
 def test_faults_of_models_have_one_message(

@@ -82,6 +82,7 @@ def load_text_encoder(folder: Path, batch_size: int) -> TextEncoder:
     Args:
         batch_size: texts of one forward pass of a sentence-transformers model; ours packs by tokens.
     """
+    quiet_transformers()
     if is_own_model(folder):
         from pipeline.inference.embedder import load_embedder
 
@@ -96,6 +97,14 @@ def load_text_encoder(folder: Path, batch_size: int) -> TextEncoder:
         lambda texts, instruction: np.asarray(model.encode_query(list(texts), **how), dtype=np.float32),
         lambda texts: np.asarray(model.encode_document(list(texts), **how), dtype=np.float32),
     )
+
+
+def quiet_transformers() -> None:
+    """No bars and tables while weights are loaded: they would stand between the bars of mining."""
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
 
 
 def embed(

@@ -117,7 +117,7 @@ def _parts(count: int, numbers_each: int) -> list[slice]:
 
 @dataclass(frozen=True)
 class WordIndex:
-    """BM25 over words. The index is one: idf and mean length are of the whole corpus, and bm25s holds all in memory."""
+    """BM25 over words; see `index_words` for its memory."""
 
     bm25: Any  # bm25s.BM25
     num_texts: int
@@ -148,7 +148,9 @@ class WordIndex:
 def index_words(texts: list[str], queries: list[str]) -> WordIndex:
     """BM25 index of the texts (Lucene's formula, k1 1.5, b 0.75, English stop words, words of two letters or more).
 
-    Memory: 8 bytes for each distinct word of each text, and while it is built 8 more for each word and the texts.
+    bm25s takes idf and mean length from the texts that it is given, so shards would rank by other numbers than the
+    whole: there is one index. It needs 8 bytes for each distinct word of each text, and about 24 for each word while it
+    is built beside the texts themselves: 0.3 GB in all for 200,000 texts of 60 words.
 
     Raises:
         ValueError: no text holds a word.

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from pipeline.data.tokenizing import tokenize_pieces
+from pipeline.mining.embedding import quiet_transformers
 
 if TYPE_CHECKING:
     from sentence_transformers.base.model import BaseModel
@@ -122,6 +123,7 @@ def _load_cross_encoder(path: Path, sigmoid: bool, batch_size: int) -> PairTeach
     import torch
     from sentence_transformers import CrossEncoder
 
+    quiet_transformers()
     model = CrossEncoder(str(path), local_files_only=True)
     if model.num_labels != 1:
         raise ValueError(f"--teacher {path} gives {model.num_labels} scores a pair; a teacher must give one")
@@ -138,6 +140,7 @@ def _load_cross_encoder(path: Path, sigmoid: bool, batch_size: int) -> PairTeach
 def _load_sentence_transformer(path: Path, batch_size: int) -> TextTeacher:
     from sentence_transformers import SentenceTransformer
 
+    quiet_transformers()
     model = SentenceTransformer(str(path), local_files_only=True)
     prompts = {True: _prompt(model, "query"), False: _prompt(model, "document", "passage", "corpus")}
 
