@@ -6,6 +6,11 @@ from collections.abc import Sequence
 
 COMMANDS = {
     "preprocess": ("pipeline.preprocess", "tokenize raw rows and store them in length buckets"),
+    "report": ("pipeline.report_data", "write one HTML page about a token store"),
+    "mine": ("pipeline.mine_negatives", "mine hard negatives and nearest rows for a recipe's datasets"),
+    "reserve": ("pipeline.reserve_rows", "set rows aside as evaluation set and in-context examples"),
+    "decontaminate": ("pipeline.decontaminate", "drop rows whose texts stand in an evaluation set"),
+    "score": ("pipeline.score_rows", "let a teacher score rows, for distillation"),
     "plan": ("pipeline.plan_run", "show what a training run will do, without running it"),
     "train": ("pipeline.train", "train an embedder (several ranks: deepspeed pipeline/train.py)"),
     "evaluate": ("pipeline.evaluate_embedder", "score a model zero-shot and few-shot"),
@@ -14,7 +19,7 @@ COMMANDS = {
 
 def usage() -> str:
     """The list of subcommands as text."""
-    lines = [f"  {name:<12} {summary}" for name, (_, summary) in COMMANDS.items()]
+    lines = [f"  {name:<13} {summary}" for name, (_, summary) in COMMANDS.items()]
     return "\n".join(
         [
             "usage: bge-icl COMMAND [options]",

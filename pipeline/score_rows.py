@@ -1,0 +1,184 @@
+"""Let a teacher score the rows of a token store, for distillation.
+
+Writes DIR/<dataset>.jsonl (line i + 1 is row i of the store, with pos_scores and neg_scores), DIR/scores.json (teacher,
+scale, counts, statistics) and DIR/recipe.yaml, which preprocesses the scored rows. The teacher is a folder with
+
+  a sentence-transformers cross-encoder   its raw logits (or, with --sigmoid, 0..1); it sees query and passage alone
+  a SentenceTransformer                   the cosine, with the model's own prompts
+  an embedder of this project             the cosine, with the rows' instructions and no examples
+
+A distinct (query, passage) pair is scored once, an embedder reads each distinct text once. An interrupted run goes on
+where it stopped and ends with the same bytes.
+
+Training distils softmax(scores) over a row's candidates. Scores that lie far apart make that one-hot, scores that lie
+close together make it uniform; neither teaches anything. So the mean entropy over the rows' groups is shown, as a
+share of log(group size), for this temperature of 1 and for others.
+"""
+
+import argparse
+import json
+import logging
+import shutil
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pipeline.data.derived import choose_datasets, rows_file, write_recipe, write_rows
+from pipeline.data.store import MANIFEST, TokenStore, open_store
+from pipeline.files import file_sha256, write_text
+from pipeline.mining.scoring import (
+    BLOCK_ITEMS,
+    TEMPERATURES,
+    describe,
+    folder_digest,
+    open_work,
+    score_dataset,
+    scored_rows,
+)
+from pipeline.mining.teacher import Teacher, find_kind, load_teacher, model_folder
+from pipeline.settings import load_settings
+
+ONE_HOT, UNIFORM = 0.05, 0.98  # entropy shares below and above which a group teaches next to nothing
+REPORT = "scores.json"
+EPILOG = """examples:
+  python pipeline/score_rows.py --config recipe.yaml --teacher models/bge-reranker-v2-m3 --out scored
+  python pipeline/score_rows.py --config recipe.yaml --teacher runs/first --out scored --dataset squad_newwiki
+  python pipeline/preprocess.py --config scored/recipe.yaml
+"""
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Command line of this entry."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", required=True, metavar="RECIPE.yaml", help="the recipe whose token store is read")
+    parser.add_argument("--teacher", required=True, type=Path, metavar="FOLDER", help="model or run that gives scores")
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder for the scored rows")
+    parser.add_argument(
+        "--dataset", action="append", default=[], metavar="NAME", help="only this dataset; may stand repeatedly"
+    )
+    parser.add_argument("--sigmoid", action="store_true", help="squash a cross-encoder's logits to 0..1")
+    parser.add_argument("--batch-size", type=int, help="of a sentence-transformers model (default: 32)")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings on top of the recipe")
+    return parser.parse_intermixed_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Score a store's rows; exit code 2 and one message for what the user can mend."""
+    args = parse_arguments(argv)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    try:
+        score_rows(args)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+    return 0
+
+
+def score_rows(args: argparse.Namespace, block_items: int = BLOCK_ITEMS) -> None:
+    """Score the chosen datasets one after the other; what is finished in --out is kept."""
+    settings = load_settings(args.config, args.overrides)
+    store = open_store(settings.data.store)
+    chosen = choose_datasets(store, args.dataset)
+    kind = find_kind(args.teacher)
+    print(f"teacher: {args.teacher} ({kind.replace('_', ' ')})", flush=True)
+    source = {
+        "store_sha256": file_sha256(store.path / MANIFEST),
+        "teacher_sha256": folder_digest(model_folder(args.teacher)),
+        "sigmoid": args.sigmoid,
+    }
+    report = read_report(args.out, source)
+    finished = {name for name in report["datasets"] if (args.out / rows_file(name)).is_file()}
+    teacher: Teacher | None = None
+    for table in (store.datasets[i] for i in chosen):
+        if table.name in finished:
+            print(f"{table.name}: up to date")
+            continue
+        teacher = teacher or load_teacher(args.teacher, args.sigmoid, args.batch_size)
+        start, work = time.monotonic(), args.out / f".unfinished-{rows_file(table.name)}"
+        open_work(work, source | {"dataset": table.name, "block_items": block_items})
+        scores = score_dataset(store, table, teacher, work, True, block_items)
+        write_rows(args.out / rows_file(table.name), scored_rows(store, table, scores))
+        report |= {"kind": kind, "scale": teacher.scale, "max_tokens": teacher.max_tokens}
+        report["datasets"][table.name] = describe(table, scores)
+        write_text(args.out / REPORT, json.dumps(report, indent=1) + "\n")
+        shutil.rmtree(work)
+        print(f"{table.name}: scored in {time.monotonic() - start:.0f} s", flush=True)
+    written = {name: rows_file(name) for name in report["datasets"] if (args.out / rows_file(name)).is_file()}
+    recipe = args.out / "recipe.yaml"
+    write_recipe(settings, recipe, args.out, written)
+    print(score_table(store, report))
+    print("\n".join(judge(report["datasets"])))
+    print(f"wrote {args.out}; next: python pipeline/preprocess.py --config {recipe}")
+
+
+def read_report(out: Path, source: Mapping[str, Any]) -> dict[str, Any]:
+    """scores.json of an earlier run with the same teacher and store, or an empty one; ValueError on another's."""
+    path = out / REPORT
+    if not path.is_file():
+        return {"source": dict(source), "datasets": {}}
+    try:
+        report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        differing = [key for key, value in source.items() if report["source"].get(key) != value]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is not what this command writes; choose another --out") from error
+    if differing:
+        raise ValueError(f"{out} holds scores with another {', '.join(differing)}; remove it or choose another --out")
+    return report
+
+
+def score_table(store: TokenStore, report: Mapping[str, Any]) -> str:
+    """Counts and range of the scores, then the entropy shares, one line a dataset."""
+    heads = ["dataset", "rows", "no negatives", "candidates", "read", "cut", "min", "mean", "max", "positive first"]
+    counts, shares = [heads], [["entropy share, T =", *map(str, TEMPERATURES)]]
+    for name, d in report["datasets"].items():
+        numbers = [f"{d[key]:,}" for key in ("rows", "rows_without_negatives", "candidates", "scored", "truncated")]
+        spread = ["-" if d[key] is None else f"{d[key]:.3f}" for key in ("min", "mean", "max")]
+        first = "-" if d["positive_first"] is None else f"{d['positive_first']:.1%}"
+        counts.append([name, *numbers, *spread, first])
+        if d["entropy"]:
+            shares.append([name, *(f"{d['entropy'][str(t)]:.3f}" for t in TEMPERATURES)])
+    unit = "pairs" if report.get("kind") == "cross_encoder" else "texts"
+    limit = report.get("max_tokens")
+    limits = ", ".join(f"{side} {n}" for side, n in limit.items()) if isinstance(limit, dict) else f"pair {limit}"
+    note = (
+        f"scale: {report.get('scale')}; read: distinct {unit}; cut: longer than the teacher's limit (tokens: {limits})"
+    )
+    return "\n".join([_align(counts), note, _align(shares)])
+
+
+def judge(datasets: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """A warning for every dataset whose scores teach next to nothing at the trainer's temperature of 1."""
+    warnings = []
+    for name, d in datasets.items():
+        share = d["entropy"]["1.0"] if d["entropy"] else None
+        if share is None:
+            warnings.append(f"warning: {name}: no row has negatives, so there is nothing to distil")
+        elif share < ONE_HOT:
+            warnings.append(
+                f"warning: {name}: at temperature 1 the teacher's distribution is almost one-hot (entropy {share:.1%} "
+                "of uniform): distillation repeats the label. Scores on a smaller scale would tell more"
+            )
+        elif share > UNIFORM:
+            warnings.append(
+                f"warning: {name}: at temperature 1 the teacher's distribution is almost uniform (entropy {share:.1%} "
+                "of uniform): distillation pulls positive and negatives together. Scores on a larger scale would tell "
+                "more"
+            )
+    return warnings
+
+
+def _align(rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = [[c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(r, widths, strict=True))] for r in rows]
+    return "\n".join("  ".join(line) for line in lines)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

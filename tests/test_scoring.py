@@ -1,0 +1,401 @@
+"""Teacher scores: each kind of teacher against a slow twin, resume after a kill, statistics, user errors."""
+
+import dataclasses
+import json
+import math
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from fake_store import make_store
+from launching import REPOSITORY, environment
+from tiny_run import WORDS
+from tokenizers import ByteLevelBPETokenizer
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
+    BertModel,
+    PreTrainedTokenizerFast,
+)
+
+from pipeline.data.store import open_store
+from pipeline.mining.scoring import Scores, describe, group_entropy
+from pipeline.mining.teacher import find_kind, load_teacher
+from pipeline.preprocess import main as preprocess
+from pipeline.score_rows import judge, main, parse_arguments, score_rows
+from pipeline.settings import dump_settings, load_settings
+
+LIMIT = 48  # tokens: some pairs and texts of the tiny data are longer
+KILLED_AT = 3
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Threads that wait for each other take most of the time of models this small."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def recipe(tiny_training: Path) -> Path:
+    assert preprocess(["--config", str(tiny_training), "--processes", "1"]) == 0
+    return tiny_training
+
+
+def write_bert(folder: Path, labels: int | None) -> Path:
+    """A random two-layer BERT with a byte-level tokenizer; `labels`: outputs of a classifier, None: no classifier."""
+    bpe = ByteLevelBPETokenizer()
+    bpe.train_from_iterator(
+        ["ash", *WORDS, *(f" {w}" for w in WORDS)], 300, special_tokens=["[PAD]"], show_progress=False
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, pad_token="[PAD]", model_max_length=LIMIT)
+    tokenizer.save_pretrained(str(folder))
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=48,
+        max_position_embeddings=LIMIT,
+        initializer_range=0.5,
+        num_labels=labels or 2,
+    )
+    model = BertForSequenceClassification(config) if labels else BertModel(config)
+    model.save_pretrained(str(folder))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def cross_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_bert(tmp_path_factory.mktemp("cross") / "encoder", 1)
+
+
+@pytest.fixture(scope="module")
+def sentence_transformer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+
+    folder = tmp_path_factory.mktemp("bi")
+    transformer = Transformer(str(write_bert(folder / "bert", None)))
+    pooling = Pooling(transformer.get_embedding_dimension())
+    prompts = {"query": "river ", "document": "stone "}
+    SentenceTransformer(modules=[transformer, pooling], prompts=prompts, device="cpu").save(str(folder / "encoder"))
+    return folder / "encoder"
+
+
+@pytest.fixture(scope="module")
+def embedder(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder with a random adapter over the tiny recipe's model."""
+    from pipeline.inference.embedder import load_base_embedder
+    from pipeline.inference.saving import save_model
+    from pipeline.model.encoder import add_lora, load_encoder, trainable_parameters
+
+    settings = load_settings(recipe)
+    base = load_base_embedder(settings, show_progress=False)
+    tokens = base.tokenizer.tokens
+    encoder = load_encoder(settings.model, tokens.marker_ids, tokens.marker_subtokens)
+    add_lora(encoder, settings.model.lora)
+    weights = {name: {"weight": p.detach() + 0.1} for name, p in trainable_parameters(encoder).items()}
+    run = tmp_path_factory.mktemp("run")
+    save_model(run / "model", encoder, weights, base.tokenizer, settings, SimpleNamespace(datasets=()))
+    return run
+
+
+def rows_of(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def run_score(recipe: Path, teacher: Path, out: Path, *more: str) -> dict:
+    assert main(["--config", str(recipe), "--teacher", str(teacher), "--out", str(out), *more]) == 0
+    return json.loads((out / "scores.json").read_text())
+
+
+def slow_logit(model: torch.nn.Module, tokenizer: Any, query: str, passage: str) -> tuple[float, bool]:
+    """One pair alone through transformers; and whether it was cut."""
+    whole = tokenizer(query, passage, verbose=False)["input_ids"]
+    batch = tokenizer(query, passage, truncation="longest_first", max_length=LIMIT, return_tensors="pt")
+    with torch.no_grad():
+        return float(model(**batch).logits[0, 0]), len(whole) > LIMIT
+
+
+def test_a_cross_encoder_scores_every_row(recipe: Path, cross_encoder: Path, tmp_path: Path) -> None:
+    report = run_score(recipe, cross_encoder, tmp_path / "out", "--dataset", "normal", "--batch-size", "5")
+    store = open_store(load_settings(recipe).data.store)
+    table = store.datasets[0]
+    rows = rows_of(tmp_path / "out/normal.jsonl")
+    assert len(rows) == table.num_rows == 24
+    pairs, cut = set(), set()
+    model = AutoModelForSequenceClassification.from_pretrained(cross_encoder).eval()
+    tokenizer = AutoTokenizer.from_pretrained(cross_encoder)
+    for n, row in enumerate(rows):
+        assert row["query"] == store.text(int(table.query_text_N[n])), "line i + 1 is row i of the store"
+        assert set(row) == {"query", "pos", "neg", "type", "pos_scores", "neg_scores", "prompt"}
+        for passage, score in zip(row["pos"] + row["neg"], row["pos_scores"] + row["neg_scores"], strict=True):
+            logit, is_cut = slow_logit(model, tokenizer, row["query"], passage)
+            assert score == pytest.approx(logit, abs=2e-5)
+            pairs.add((row["query"], passage))
+            cut |= {(row["query"], passage)} if is_cut else set()
+    found = report["datasets"]["normal"]
+    assert (report["kind"], report["scale"], report["max_tokens"]) == ("cross_encoder", "logits", LIMIT)
+    assert (found["scored"], found["truncated"]) == (len(pairs), len(cut))
+    assert 0 < len(cut) < len(pairs)
+    everything = [s for row in rows for s in row["pos_scores"] + row["neg_scores"]]
+    assert found["candidates"] == len(everything)
+    assert [found["min"], found["max"], found["mean"]] == pytest.approx(
+        [min(everything), max(everything), np.mean(everything)]
+    )
+
+
+def test_a_pair_is_scored_once(recipe: Path, cross_encoder: Path, tmp_path: Path) -> None:
+    tree = load_settings(recipe)
+    rows = [{"query": "river", "pos": ["stone"], "neg": ["cloud", "stone river"]}] * 3
+    (tmp_path / "raw.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = dataclasses.replace(
+        tree.data,
+        root=str(tmp_path),
+        store=str(tmp_path / "store"),
+        datasets=(dataclasses.replace(tree.data.datasets[0], path="raw.jsonl"),),
+    )
+    (tmp_path / "recipe.yaml").write_text(dump_settings(dataclasses.replace(tree, data=data)))
+    assert preprocess(["--config", str(tmp_path / "recipe.yaml"), "--processes", "1"]) == 0
+    report = run_score(tmp_path / "recipe.yaml", cross_encoder, tmp_path / "out")
+    assert report["datasets"]["normal"]["scored"] == 3 and report["datasets"]["normal"]["candidates"] == 9
+
+
+def test_sigmoid(recipe: Path, cross_encoder: Path, tmp_path: Path) -> None:
+    run_score(recipe, cross_encoder, tmp_path / "a", "--dataset", "normal")
+    report = run_score(recipe, cross_encoder, tmp_path / "b", "--dataset", "normal", "--sigmoid")
+    assert report["scale"] == "sigmoid"
+    for raw, squashed in zip(rows_of(tmp_path / "a/normal.jsonl"), rows_of(tmp_path / "b/normal.jsonl"), strict=True):
+        assert squashed["neg_scores"] == pytest.approx([1 / (1 + math.exp(-s)) for s in raw["neg_scores"]], abs=1e-5)
+
+
+def test_a_sentence_transformer_gives_cosines(recipe: Path, sentence_transformer: Path, tmp_path: Path) -> None:
+    from sentence_transformers import SentenceTransformer
+
+    report = run_score(recipe, sentence_transformer, tmp_path / "out")
+    assert (report["kind"], report["scale"]) == ("sentence_transformer", "cosine")
+    model = SentenceTransformer(str(sentence_transformer), device="cpu")
+
+    def slow(text: str) -> np.ndarray:
+        embedding_D = model.encode([text], prompt="")[0].astype(np.float64)
+        return embedding_D / np.linalg.norm(embedding_D)
+
+    # Symmetric types compare like with like: both sides have the query's prompt.
+    for name, prompt in (("normal", "stone "), ("symmetric_sts", "river "), ("symmetric_class", "stone ")):
+        for row in rows_of(tmp_path / f"out/{name}.jsonl")[::6]:
+            query_D = slow("river " + row["query"])
+            wanted = [float(query_D @ slow(prompt + text)) for text in row["pos"] + row["neg"]]
+            assert row["pos_scores"] + row["neg_scores"] == pytest.approx(wanted, abs=2e-6)
+    tokenizer = AutoTokenizer.from_pretrained(sentence_transformer)
+    rows = rows_of(tmp_path / "out/normal.jsonl")
+    texts = {f"river {row['query']}" for row in rows} | {f"stone {t}" for row in rows for t in row["pos"] + row["neg"]}
+    assert report["datasets"]["normal"]["scored"] == len(texts)
+    num_long = sum(len(tokenizer(t, verbose=False)["input_ids"]) > LIMIT for t in texts)
+    assert report["datasets"]["normal"]["truncated"] == num_long > 0
+
+
+def test_an_own_embedder_gives_cosines(recipe: Path, embedder: Path, tmp_path: Path) -> None:
+    from pipeline.inference.embedder import load_embedder
+
+    report = run_score(recipe, embedder, tmp_path / "out", "--dataset", "normal", "--dataset", "symmetric_sts")
+    assert (report["kind"], report["scale"]) == ("embedder", "cosine")
+    assert report["max_tokens"] == {"query": 60, "passage": 60}
+    model = load_embedder(embedder, show_progress=False)
+    for name in ("normal", "symmetric_sts"):
+        for row in rows_of(tmp_path / f"out/{name}.jsonl")[::8]:
+            texts = row["pos"] + row["neg"]
+            query_D = model.encode_queries([row["query"]], row["prompt"])[0]
+            passages_PD = (
+                model.encode_queries(texts, row["prompt"]) if name == "symmetric_sts" else model.encode_passages(texts)
+            )
+            assert row["pos_scores"] + row["neg_scores"] == pytest.approx((passages_PD @ query_D).tolist(), abs=1e-5)
+
+
+def test_the_written_recipe_makes_a_store_with_the_scores(
+    recipe: Path, sentence_transformer: Path, tmp_path: Path
+) -> None:
+    run_score(recipe, sentence_transformer, tmp_path / "out", "--dataset", "only_1neg")
+    assert preprocess(["--config", str(tmp_path / "out/recipe.yaml"), "--processes", "1"]) == 0
+    before, after = (open_store(load_settings(r).data.store) for r in (recipe, tmp_path / "out/recipe.yaml"))
+    scored = {
+        table.name for table in after.datasets if table.pos_score is not None and not np.isnan(table.pos_score).all()
+    }
+    assert scored == {"only_1neg", "normal"}, "normal had scores of its own"
+    assert [t.num_rows for t in before.datasets] == [t.num_rows for t in after.datasets]
+    table = after.datasets[1]
+    rows = {row["query"]: row for row in rows_of(tmp_path / "out/only_1neg.jsonl")}
+    row = rows[after.text(int(table.query_text_N[0]))]
+    assert table.neg_score is not None
+    assert table.neg_score[: len(row["neg"])].tolist() == np.array(row["neg_scores"], dtype=np.float32).tolist()
+
+
+DRIVER = """
+import os, signal, sys
+import pipeline.mining.scoring as scoring
+from pipeline.score_rows import parse_arguments, score_rows
+calls, write = [], scoring.write_atomic
+def die_inside(path, fill):
+    calls.append(path)
+    if len(calls) == {killed_at}:
+        fill(path.with_name(path.name + ".tmp"))
+        os.kill(os.getpid(), signal.SIGKILL)
+    write(path, fill)
+scoring.write_atomic = die_inside
+score_rows(parse_arguments(sys.argv[1:]), block_items=16)
+"""
+
+
+def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(
+    recipe: Path, cross_encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def arguments(out: str) -> list[str]:
+        common = ["--config", str(recipe), "--teacher", str(cross_encoder), "--out", str(tmp_path / out)]
+        return [*common, "--dataset", "normal", "--dataset", "only_1neg"]
+
+    code = DRIVER.format(killed_at=KILLED_AT)
+    env = environment() | {"PYTHONPATH": f"{REPOSITORY}:{REPOSITORY}/kernels"}
+    killed = subprocess.run([sys.executable, "-c", code, *arguments("killed")], env=env, capture_output=True, text=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    work = tmp_path / "killed/.unfinished-normal.jsonl"
+    assert len(list(work.glob("*.npy"))) == KILLED_AT - 1
+    assert not (tmp_path / "killed/normal.jsonl").exists()
+
+    from pipeline.mining import scoring
+
+    written = []
+    write = scoring.write_atomic
+    monkeypatch.setattr(scoring, "write_atomic", lambda path, fill: (written.append(path.name), write(path, fill)))
+    score_rows(parse_arguments(arguments("killed")), block_items=16)
+    num_resumed = len(written)
+    score_rows(parse_arguments(arguments("whole")), block_items=16)
+    assert len(written) - num_resumed == num_resumed + KILLED_AT - 1, "finished blocks are not computed again"
+    names = sorted(path.name for path in (tmp_path / "whole").iterdir())
+    assert names == sorted(path.name for path in (tmp_path / "killed").iterdir())
+    assert len(names) == 4
+    for name in set(names) - {"recipe.yaml"}:
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "killed" / name).read_bytes()
+    # A second run has nothing to do.
+    written.clear()
+    score_rows(parse_arguments(arguments("whole")), block_items=16)
+    assert written == []
+
+
+def test_scores_of_another_teacher_are_not_mixed(
+    recipe: Path, cross_encoder: Path, sentence_transformer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_score(recipe, cross_encoder, tmp_path / "out", "--dataset", "normal")
+    before = (tmp_path / "out/normal.jsonl").read_bytes()
+    arguments = ["--config", str(recipe), "--out", str(tmp_path / "out"), "--teacher"]
+    assert main([*arguments, str(sentence_transformer)]) == 2
+    assert "holds scores with another teacher_sha256" in capsys.readouterr().err
+    assert main([*arguments, str(cross_encoder), "--sigmoid"]) == 2
+    assert "holds scores with another sigmoid" in capsys.readouterr().err
+    assert main([*arguments, str(cross_encoder), "--dataset", "only_1neg"]) == 0
+    assert set(json.loads((tmp_path / "out/scores.json").read_text())["datasets"]) == {"normal", "only_1neg"}
+    assert (tmp_path / "out/normal.jsonl").read_bytes() == before
+
+
+def slow_entropy(scores: list[float], temperature: float) -> float:
+    weights = [math.exp(s / temperature) for s in scores]
+    return -sum(w / sum(weights) * math.log(w / sum(weights)) for w in weights)
+
+
+def test_entropy_of_ragged_groups() -> None:
+    groups = [[0.3, -0.2], [1.0, 2.0, 3.0, 0.5], [5.0, 5.0, 5.0]]
+    flat = np.array([s for group in groups for s in group])
+    offsets = np.array([0, 2, 6, 9])
+    for temperature in (0.1, 1.0, 10.0):
+        wanted = [slow_entropy(group, temperature) for group in groups]
+        assert group_entropy(flat, offsets, temperature).tolist() == pytest.approx(wanted, abs=1e-12)
+    # Scores as in released data: far apart, and far from 0.
+    assert group_entropy(np.array([98.7, 82.4, 85.0]), np.array([0, 3]), 1.0)[0] < 2e-5
+
+
+def test_statistics_count_rows_without_negatives() -> None:
+    rows = [
+        {"query": "a", "pos": ["p", "p2"], "neg": ["n1", "n2"]},
+        {"query": "b", "pos": ["p"], "neg": []},
+        {"query": "c", "pos": ["p"], "neg": ["n1"]},
+    ]
+    table = make_store({"d": ("normal", rows)}).datasets[0]
+    scores = Scores(np.array([2, 9, 4, 1], np.float32), np.array([1, 0, 3], np.float32), 7, 2)
+    found = describe(table, scores)
+    assert (found["rows"], found["rows_without_negatives"], found["candidates"]) == (3, 1, 7)
+    assert found["positive_first"] == 0.5
+    wanted = (slow_entropy([2, 1, 0], 1) / math.log(3) + slow_entropy([1, 3], 1) / math.log(2)) / 2
+    assert found["entropy"]["1.0"] == pytest.approx(wanted, abs=1e-9)
+    without = make_store({"d": ("normal", rows[1:2])}).datasets[0]
+    nothing = describe(without, Scores(np.array([1], np.float32), np.array([], np.float32), 1, 0))
+    assert nothing["entropy"] is None and nothing["positive_first"] is None
+
+
+@pytest.mark.parametrize(
+    ("share", "words"), [(0.01, "almost one-hot"), (0.999, "almost uniform"), (0.5, None), (None, "nothing to distil")]
+)
+def test_warnings(share: float | None, words: str | None) -> None:
+    warnings = judge({"d": {"entropy": None if share is None else {"1.0": share}}})
+    assert len(warnings) == (words is not None)
+    assert words is None or words in warnings[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--teacher", "BAAI/bge-reranker-v2-m3"], "no such folder; a model of the hub is fetched first: hf download"),
+        (["--teacher", "{empty}"], "holds neither a cross-encoder"),
+        (["--teacher", "{two}"], "gives 2 scores a pair"),
+        (["--teacher", "{bi}", "--sigmoid"], "--sigmoid is for cross-encoders"),
+        (["--teacher", "{bi}", "--batch-size", "0"], "--batch-size 0 must be at least 1"),
+        (["--teacher", "{own}", "--batch-size", "8"], "--batch-size is for sentence-transformers models"),
+        (["--teacher", "{bi}", "--dataset", "nq"], "--dataset nq: the store"),
+    ],
+)
+def test_user_errors(
+    arguments: list[str],
+    message: str,
+    recipe: Path,
+    sentence_transformer: Path,
+    embedder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "empty").mkdir()
+    two = write_bert(tmp_path / "two", 2) if "{two}" in arguments else ""
+    names = {"empty": tmp_path / "empty", "two": two, "bi": sentence_transformer, "own": embedder}
+    filled = [argument.format(**names) for argument in arguments]
+    assert main(["--config", str(recipe), "--out", str(tmp_path / "out"), *filled]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_scores_that_are_not_finite_are_an_error(
+    recipe: Path, cross_encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(cross_encoder, tmp_path / "broken")
+    model = AutoModelForSequenceClassification.from_pretrained(cross_encoder)
+    model.classifier.bias.data.fill_(float("nan"))
+    model.save_pretrained(tmp_path / "broken")
+    arguments = ["--config", str(recipe), "--teacher", str(tmp_path / "broken"), "--out", str(tmp_path / "out")]
+    assert main(arguments) == 2
+    assert "scores that are not finite" in capsys.readouterr().err
+    assert not (tmp_path / "out/normal.jsonl").exists()
+
+
+def test_kinds(cross_encoder: Path, sentence_transformer: Path, embedder: Path) -> None:
+    kinds = [find_kind(path) for path in (cross_encoder, sentence_transformer, embedder, embedder / "model")]
+    assert kinds == ["cross_encoder", "sentence_transformer", "embedder", "embedder"]
+    saved = load_teacher(cross_encoder, False, None)
+    assert saved.scale == "logits"
