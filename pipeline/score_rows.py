@@ -41,7 +41,7 @@ from pipeline.mining.teacher import Teacher, find_kind, load_teacher, model_fold
 from pipeline.settings import load_settings
 
 ONE_HOT, UNIFORM = 0.05, 0.98  # entropy shares below and above which a group teaches next to nothing
-REPORT = "scores.json"
+REPORT, UNFINISHED = "scores.json", ".unfinished-"
 EPILOG = """examples:
   python pipeline/score_rows.py --config recipe.yaml --teacher models/bge-reranker-v2-m3 --out scored
   python pipeline/score_rows.py --config recipe.yaml --teacher runs/first --out scored --dataset squad_newwiki
@@ -97,11 +97,13 @@ def score_rows(args: argparse.Namespace, block_items: int = BLOCK_ITEMS) -> None
     finished = {name for name in report["datasets"] if (args.out / rows_file(name)).is_file()}
     teacher: Teacher | None = None
     for table in (store.datasets[i] for i in chosen):
+        work = args.out / (UNFINISHED + rows_file(table.name))
         if table.name in finished:
+            shutil.rmtree(work, ignore_errors=True)  # a run may have been killed just before it did this
             print(f"{table.name}: up to date")
             continue
         teacher = teacher or load_teacher(args.teacher, args.sigmoid, args.batch_size)
-        start, work = time.monotonic(), args.out / f".unfinished-{rows_file(table.name)}"
+        start = time.monotonic()
         open_work(work, source | {"dataset": table.name, "block_items": block_items})
         scores = score_dataset(store, table, teacher, work, True, block_items)
         write_rows(args.out / rows_file(table.name), scored_rows(store, table, scores))
@@ -114,7 +116,8 @@ def score_rows(args: argparse.Namespace, block_items: int = BLOCK_ITEMS) -> None
     recipe = args.out / "recipe.yaml"
     write_recipe(settings, recipe, args.out, written)
     print(score_table(store, report))
-    print("\n".join(judge(report["datasets"])))
+    for warning in judge(report["datasets"]):
+        print(warning)
     print(f"wrote {args.out}; next: python pipeline/preprocess.py --config {recipe}")
 
 
@@ -122,6 +125,9 @@ def read_report(out: Path, source: Mapping[str, Any]) -> dict[str, Any]:
     """scores.json of an earlier run with the same teacher and store, or an empty one; ValueError on another's."""
     path = out / REPORT
     if not path.is_file():
+        names = [found.name for found in out.iterdir()] if out.is_dir() else []
+        if names and not any(name.startswith(UNFINISHED) for name in names):
+            raise ValueError(f"--out {out} holds other files, which could be overwritten; choose a new or empty folder")
         return {"source": dict(source), "datasets": {}}
     try:
         report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))

@@ -59,12 +59,13 @@ def new_folder(path: Path) -> Iterator[Path]:
     """
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise ValueError(f"--out {path} is there already; remove it or choose another")
+    path = path.resolve()
     temporary = path.with_name(path.name + ".unfinished")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     yield temporary
     os.replace(temporary, path)
-    sync(path.resolve().parent)
+    sync(path.parent)
 
 
 def choose_datasets(store: TokenStore, names: Sequence[str]) -> tuple[int, ...]:
