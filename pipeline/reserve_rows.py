@@ -31,8 +31,9 @@ from pipeline.data.derived import choose_datasets, new_folder, rows_file, write_
 from pipeline.data.eval_folder import write_eval_folder
 from pipeline.data.normalizing import store_keys
 from pipeline.data.raw_rows import raw_row
-from pipeline.data.reserving import find_links, reserve, rows_with, texts_of
+from pipeline.data.reserving import Links, Reserved, find_links, reserve, rows_with, texts_of
 from pipeline.data.store import TokenStore, open_store
+from pipeline.data.summary import align
 from pipeline.datatypes import RULES
 from pipeline.files import write_text
 from pipeline.settings import load_settings
@@ -92,32 +93,50 @@ def reserve_rows(args: argparse.Namespace) -> None:
             i: reserve(store.datasets[i].name, links[i], args.reserve_dev, args.reserve_examples, args.seed)
             for i in chosen
         }
-        counts: dict[str, dict[str, Any]] = {}
-        for i, table in enumerate(store.datasets):
-            own = reserved.get(i)
-            others = [texts_of(links[j], r.dev_N | r.example_N) for j, r in reserved.items() if j != i]
-            shares_N = rows_with(links[i], np.concatenate(others)) if others else np.zeros(table.num_rows, dtype=bool)
-            free_N = ~(own.dev_N | own.example_N | own.dropped_N) if own else np.ones(table.num_rows, dtype=bool)
-            train_N = free_N & ~shares_N
-            rows = (raw_row(store, table, n) for n in np.flatnonzero(train_N).tolist())
-            counts[table.name] = {
-                "rows": table.num_rows,
-                "train": write_rows(folder / "train" / rows_file(table.name), rows),
-                "dev_rows": int(own.dev_N.sum()) if own else 0,
-                "example_rows": int(own.example_N.sum()) if own else 0,
-                "dropped": int(own.dropped_N.sum()) if own else 0,
-                "dropped_for_others": int((free_N & shares_N).sum()),
-            }
-            if own:
-                task = folder / "eval" / rows_file(table.name).removesuffix(".jsonl")
-                made = write_eval_folder(task, store, table, keys_U, own.dev_N, own.example_N)
-                counts[table.name]["eval"] = asdict(made)
+        counts = {
+            table.name: write_split(folder, store, i, keys_U, links, reserved) for i, table in enumerate(store.datasets)
+        }
         asked = {"reserve_dev": args.reserve_dev, "reserve_examples": args.reserve_examples, "seed": args.seed}
         write_text(folder / "reserve.json", json.dumps(asked | {"datasets": counts}, indent=1) + "\n")
         written = {table.name: f"train/{rows_file(table.name)}" for table in store.datasets}
         write_recipe(settings, folder / "recipe.yaml", args.out, written)
     print("\n".join(report_lines(store, counts)))
     print(f"wrote {args.out}; next: python pipeline/preprocess.py --config {args.out / 'recipe.yaml'}")
+
+
+def write_split(
+    folder: Path,
+    store: TokenStore,
+    dataset: int,
+    keys_U: np.ndarray,
+    links: Sequence[Links],
+    reserved: Mapping[int, Reserved],
+) -> dict[str, Any]:
+    """Write a dataset's training rows and, where rows of it are reserved, its evaluation folder; returns the counts."""
+    table, own = store.datasets[dataset], reserved.get(dataset)
+    nothing_N = np.zeros(table.num_rows, dtype=bool)
+    dev_N, example_N, dropped_N = (own.dev_N, own.example_N, own.dropped_N) if own else (nothing_N,) * 3
+    others = [texts_of(links[j], r.dev_N | r.example_N) for j, r in reserved.items() if j != dataset]
+    shares_N = rows_with(links[dataset], np.concatenate(others)) if others else nothing_N
+    free_N = ~(dev_N | example_N | dropped_N)
+    rows = (raw_row(store, table, n) for n in np.flatnonzero(free_N & ~shares_N).tolist())
+    counts: dict[str, Any] = {
+        "rows": table.num_rows,
+        "train": write_rows(folder / "train" / rows_file(table.name), rows),
+        "dev_rows": int(dev_N.sum()),
+        "example_rows": int(example_N.sum()),
+        "dropped": int(dropped_N.sum()),
+        "dropped_for_others": int((free_N & shares_N).sum()),
+    }
+    if not counts["train"]:
+        raise ValueError(
+            f"dataset {table.name!r}: none of its {table.num_rows:,} rows would be left for training: all share "
+            "a query or positive with reserved rows; ask for fewer, or take it out of the recipe"
+        )
+    if own:
+        task = folder / "eval" / rows_file(table.name).removesuffix(".jsonl")
+        counts["eval"] = asdict(write_eval_folder(task, store, table, keys_U, dev_N, example_N))
+    return counts
 
 
 def choose_sources(store: TokenStore, names: Sequence[str]) -> tuple[int, ...]:
@@ -158,13 +177,7 @@ def report_lines(store: TokenStore, counts: Mapping[str, Mapping[str, Any]]) -> 
         "dropped: shares a query or positive with a reserved row of its own dataset; for others: with one of another "
         "dataset; corpus: distinct passages of the dataset"
     )
-    return [*_align(table), legend, *notes]
-
-
-def _align(rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = [[c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(r, widths, strict=True))] for r in rows]
-    return ["  ".join(line) for line in lines]
+    return [align(table, num_left=1), legend, *notes]
 
 
 if __name__ == "__main__":

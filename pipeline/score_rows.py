@@ -27,6 +27,7 @@ from typing import Any
 
 from pipeline.data.derived import choose_datasets, rows_file, write_recipe, write_rows
 from pipeline.data.store import MANIFEST, TokenStore, open_store
+from pipeline.data.summary import align
 from pipeline.files import file_sha256, write_text
 from pipeline.mining.scoring import (
     BLOCK_ITEMS,
@@ -156,7 +157,7 @@ def score_table(store: TokenStore, report: Mapping[str, Any]) -> str:
     note = (
         f"scale: {report.get('scale')}; read: distinct {unit}; cut: longer than the teacher's limit (tokens: {limits})"
     )
-    return "\n".join([_align(counts), note, _align(shares)])
+    return "\n".join([align(counts, num_left=1), note, align(shares, num_left=1)])
 
 
 def judge(datasets: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -178,12 +179,6 @@ def judge(datasets: Mapping[str, Mapping[str, Any]]) -> list[str]:
                 "more"
             )
     return warnings
-
-
-def _align(rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = [[c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(r, widths, strict=True))] for r in rows]
-    return "\n".join("  ".join(line) for line in lines)
 
 
 if __name__ == "__main__":

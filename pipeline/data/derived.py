@@ -63,8 +63,11 @@ def new_folder(path: Path) -> Iterator[Path]:
     temporary = path.with_name(path.name + ".unfinished")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    yield temporary
-    os.replace(temporary, path)
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
     sync(path.parent)
 
 
