@@ -20,7 +20,7 @@ import argparse
 import importlib.util
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +107,7 @@ def decontaminate(args: argparse.Namespace) -> None:
     bad = [np.logical_or.reduce(list(by_set.values())) for by_set in found]
     report = {table.name: count(table, m, bad_N) for table, m, bad_N in zip(store.datasets, matches, bad, strict=True)}
     for table, by_set in zip(store.datasets, matches, strict=True):
-        print("\n".join(dataset_lines(store, table, report[table.name], by_set)), flush=True)
+        print("\n".join(dataset_lines(store, table, report[table.name], by_set, evaluations, args.keep)), flush=True)
     emptied = [table.name for table, bad_N in zip(store.datasets, bad, strict=True) if bad_N.all()]
     if emptied and not args.mark:
         raise ValueError(
@@ -165,15 +165,24 @@ def count(table: DatasetTable, matches: Mapping[str, Matches], bad_N: np.ndarray
 
 
 def dataset_lines(
-    store: TokenStore, table: DatasetTable, counts: Mapping[str, Any], matches: Mapping[str, Matches]
+    store: TokenStore,
+    table: DatasetTable,
+    counts: Mapping[str, Any],
+    matches: Mapping[str, Matches],
+    evaluations: Sequence[EvaluationTexts],
+    keep: Collection[str],
 ) -> list[str]:
-    """One line a dataset, one an evaluation set with matches, and the first rows that matched."""
+    """One line a dataset, one an evaluation set with matches, and the first texts that matched."""
     lines = [f"{table.name}: {counts['contaminated']:,} of {counts['rows']:,} rows contaminated"]
-    for name, m in matches.items():
-        numbers = {reason: number for reason, number in counts["sets"][name].items() if number}
+    for e in evaluations:
+        numbers = []
+        for reason, number in counts["sets"][e.name].items():
+            spared = (e.is_pool and "pool" in keep) or (reason == "positive in corpus" and "corpus" in keep)
+            if number:
+                numbers.append(f"{reason}{', kept' if spared else ''} {number:,}")
         if numbers:
-            lines.append(f"  {name}: " + ", ".join(f"{reason} {number:,}" for reason, number in numbers.items()))
-        for reason, texts in m.shown.items():
+            lines.append(f"  {e.name}: " + "; ".join(numbers))
+        for reason, texts in matches[e.name].shown.items():
             lines += [f"    {reason}: {store.text(text)[:SHOWN_CHARACTERS]!r}" for text in texts]
     return lines
 

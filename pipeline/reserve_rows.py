@@ -10,7 +10,8 @@ Reads the token store of a recipe and writes
 
 No query or positive of a reserved row is query or positive of a training row, in any dataset, nor of a row reserved for
 the other purpose. Texts count as the same after NFKC, case folding and collapsing of whitespace. Rows linked by such
-texts are reserved together where they fit; what cannot stay in training and is not reserved is dropped and counted.
+texts are reserved together where they fit, rows with few links first, so that little is lost; what cannot stay in
+training and is not reserved is dropped and counted.
 Negatives take no part in this: a reserved positive may stay the negative of a training row.
 
 Dev queries are retrieval queries, so only datasets of type normal and only_1neg give any; all rows of the other types
