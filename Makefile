@@ -2,7 +2,7 @@
 SHELL := /usr/bin/env bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help install test format demo prove-main prove-kernels clean
+.PHONY: help install test format demo prove-main prove-kernels prove-data clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -64,6 +64,9 @@ prove-main: $(STAMP)  ## check the README's main claims (DATA=folder with traini
 
 prove-kernels: $(STAMP)  ## check what the README says of the kernels (GPU rows need benchmarks/gpu_check.sh on a GPU)
 	$(BIN)/python benchmarks/prove.py kernels
+
+prove-data: $(STAMP)  ## check what the README says of data of any size (DATA=folder with training data; about an hour)
+	$(BIN)/python benchmarks/prove.py data $(if $(DATA),--data $(DATA))
 
 clean:  ## remove run results and caches (.venv stays)
 	rm -rf runs build .pytest_cache .ruff_cache .mypy_cache .hypothesis *.egg-info

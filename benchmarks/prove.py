@@ -6,42 +6,16 @@ not hold. What cannot be measured on this machine is a row with holds = null and
 
 import argparse
 import json
-import os
 import socket
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import yaml
+from prove_data import prove_data
+from proving import PRECISE_MEMORY, REPOSITORY, RUN, WORK, Row, call, row
 
-REPOSITORY = Path(__file__).resolve().parent.parent
-WORK = REPOSITORY / "runs" / "prove" / "work"
 QUICKSTART = REPOSITORY / "examples" / "quickstart"
-RUN = REPOSITORY / "runs" / "quickstart"
-Row = dict[str, Any]
-
-
-def row(claim: str, target: str, measured: str, holds: bool | None) -> Row:
-    return {"claim": claim, "target": target, "measured": measured, "holds": holds}
-
-
-# What runs outside this process.
-
-
-# Large tensors are mapped, and unmapped when freed: the peak of the process is then the peak of live tensors. It costs
-# time, so nothing that is timed runs like this.
-PRECISE_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_ARENA_MAX": "1"}
-
-
-def call(command: Sequence[str], accepted: Sequence[int] = (0,), **variables: str) -> None:
-    print("$", " ".join(command), flush=True)
-    path = str(Path(sys.executable).parent) + os.pathsep + os.environ.get("PATH", "")
-    environment = os.environ | {"PATH": path, "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"} | variables
-    result = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
-    if result.returncode not in accepted:
-        raise SystemExit(f"{result.stdout[-4000:]}\n{result.stderr[-4000:]}\nfailed: {' '.join(command)}")
 
 
 def launch_worker(recipe: Path, mode: str, *overrides: str, ranks: int = 2) -> list[Row]:
@@ -307,11 +281,16 @@ def gpu_rows() -> list[Row]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("topic", choices=["main", "kernels"])
+    parser.add_argument("topic", choices=["main", "kernels", "data"])
     parser.add_argument("--data", type=Path, default=QUICKSTART / "data", help="folder of raw training files")
     arguments = parser.parse_args(argv)
     WORK.mkdir(parents=True, exist_ok=True)
-    rows = prove_main(arguments.data) if arguments.topic == "main" else prove_kernels()
+    if arguments.topic == "main":
+        rows = prove_main(arguments.data)
+    elif arguments.topic == "data":
+        rows = prove_data(arguments.data)
+    else:
+        rows = prove_kernels()
     out = REPOSITORY / "runs" / "prove" / f"{arguments.topic}.json"
     out.write_text(json.dumps(rows, indent=2) + "\n")
     print("\nclaim | target | measured | holds")

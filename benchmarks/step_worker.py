@@ -23,7 +23,7 @@ from pipeline.data.sampling import make_schedule, plan_step, share_saved
 from pipeline.data.store import TokenStore, open_store
 from pipeline.datatypes import BatchPlan
 from pipeline.model.encoder import add_lora, load_encoder
-from pipeline.runtime.engine import build_engine, start_distributed, take_step
+from pipeline.runtime.engine import build_engine, start_distributed, stop_distributed, take_step
 from pipeline.runtime.ranks import Ranks, gather_values, read_ranks, share_cores
 from pipeline.runtime.step import StepInputs, StepResult, prepare_step, run_step
 from pipeline.settings import Settings, load_settings
@@ -146,6 +146,7 @@ def main(recipe: str, out: str, mode: str, overrides: list[str]) -> None:
         records.append(record | {"peak_mib": peak, "embeddings_mib": embeddings, "loss": result.loss})
     if ranks.is_first:
         Path(out).write_text(json.dumps(records, indent=2))
+    stop_distributed()
 
 
 if __name__ == "__main__":

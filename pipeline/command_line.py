@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 COMMANDS = {
     "preprocess": ("pipeline.preprocess", "tokenize raw rows and store them in length buckets"),
+    "report": ("pipeline.report_data", "write one HTML page about a token store"),
+    "mine": ("pipeline.mine_negatives", "mine hard negatives and nearest rows for a recipe's datasets"),
     "reserve": ("pipeline.reserve_rows", "set rows aside as evaluation set and in-context examples"),
     "decontaminate": ("pipeline.decontaminate", "drop rows whose texts stand in an evaluation set"),
     "score": ("pipeline.score_rows", "let a teacher score rows, for distillation"),

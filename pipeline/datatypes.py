@@ -52,6 +52,7 @@ class RawRecord:
     instruction: str
     category: str | None
     type: str
+    nearest: tuple[int, ...] = ()  # 1-based lines of the nearest other rows in the same file, best first (mining)
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,13 @@
 """Turn raw rows into a token store: distinct texts tokenized once, rows in length buckets, a manifest.
 
-Raw files are JSONL (or .jsonl.gz) in FlagEmbedding's form: query, pos[], neg[], and optionally pos_scores, neg_scores,
-prompt, type, category. Rows that cannot be used are left out and listed in quarantine.jsonl with the reason. An
-interrupted run goes on where it stopped; the result is the same bytes for any number of processes.
+Raw rows have FlagEmbedding's form: query, pos[], neg[], and optionally pos_scores, neg_scores, prompt, type, category.
+They are read from .jsonl (also .gz and .zst) and .parquet files, folders and globs of them (each file a dataset),
+folders of Hugging Face's save_to_disk, hub names (hf://owner/name) and BEIR folders; `columns` of a dataset maps other
+names. Rows that cannot be used are left out and listed in quarantine.jsonl with the reason. An interrupted run goes on
+where it stopped; the result is the same bytes for any number of processes.
+
+On many nodes the same command runs as an MPI job: the first rank hands out the work, the others do it, one core each.
+The store's folder must then be on a file system that all nodes see.
 """
 
 import argparse
@@ -13,6 +18,7 @@ import time
 from collections.abc import Sequence
 
 from pipeline.data.building import build_store
+from pipeline.data.parallel import mpi_size, open_pool, serve_first_rank
 from pipeline.data.summary import summarize
 from pipeline.settings import load_settings
 
@@ -20,7 +26,10 @@ EPILOG = """examples:
   python pipeline/preprocess.py --config examples/quickstart/recipe.yaml
   python pipeline/preprocess.py --config recipe.yaml --processes 16
   python pipeline/preprocess.py --config recipe.yaml preprocess.max_passage_tokens=256 data.store=/data/store-256
+  python pipeline/preprocess.py --config recipe.yaml "data.datasets=[{name: nq, path: nq.parquet}]"
   python pipeline/preprocess.py --config recipe.yaml --overwrite      replace a store made with other settings
+  mpiexec -n 65 python pipeline/preprocess.py --config recipe.yaml    64 ranks work, one hands out
+  srun --mpi=pmi2 --ntasks=257 python pipeline/preprocess.py --config recipe.yaml
 """
 
 
@@ -30,7 +39,12 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--config", required=True, metavar="RECIPE.yaml", help="the recipe: data, tokenizer, limits")
-    parser.add_argument("--processes", type=int, default=available_cores(), help="default: all cores (%(default)s)")
+    parser.add_argument(
+        "--processes",
+        type=int,
+        default=available_cores(),
+        help="of this machine; default: all cores (%(default)s); an MPI job has its ranks instead",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace the store if there is one")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings on top of the recipe")
     return parser.parse_intermixed_args(argv)
@@ -47,8 +61,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     start = time.monotonic()
     try:
-        settings = load_settings(args.config, args.overrides)
-        manifest, built = build_store(settings, args.processes, args.overwrite, bars=True)
+        if serve_first_rank():
+            return 0
+        workers = f"{size} ranks" if (size := mpi_size()) > 1 else f"{args.processes} processes"
+        with open_pool(args.processes) as pool:
+            settings = load_settings(args.config, args.overrides)
+            manifest, built = build_store(settings, pool, args.overwrite, bars=True)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -59,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{settings.data.store}: up to date ({manifest.counts['rows']:,} rows)")
         return 0
     print(summarize(manifest))
-    print(f"wrote {settings.data.store} in {time.monotonic() - start:.1f} s with {args.processes} processes")
+    print(f"wrote {settings.data.store} in {time.monotonic() - start:.1f} s with {workers}")
     return 0
 
 

@@ -13,6 +13,7 @@ nothing.
 import dataclasses
 import difflib
 import math
+import re
 import types
 import typing
 from collections.abc import Sequence
@@ -24,6 +25,8 @@ import yaml
 
 from pipeline.datatypes import TASK_TYPES
 from pipeline.prompts import get_template
+
+HUB_PREFIX = "hf://"  # of a dataset's path
 
 
 def _path() -> Any:
@@ -70,11 +73,37 @@ class PreprocessSettings:
 
 
 @dataclass(frozen=True)
+class ColumnSettings:
+    """Names that a source has for the fields of a row; a field that is not named here is read under its own name.
+
+    A field takes one name; `pos`, `neg` and their scores also take several, and names with `*` (`negative_*`). Each
+    column holds a list or one value. null: the field is not read at all.
+    """
+
+    query: tuple[str, ...] | None = ()
+    pos: tuple[str, ...] | None = ()
+    neg: tuple[str, ...] | None = ()
+    pos_scores: tuple[str, ...] | None = ()
+    neg_scores: tuple[str, ...] | None = ()
+    prompt: tuple[str, ...] | None = ()
+    type: tuple[str, ...] | None = ()
+    category: tuple[str, ...] | None = ()
+    nearest: tuple[str, ...] | None = ()
+
+
+@dataclass(frozen=True)
 class DatasetSettings:
-    """One dataset: a step draws all its rows from one of these."""
+    """One entry of data.datasets. A step draws all its rows from one dataset."""
 
     name: str = ""
-    path: str = ""  # .jsonl or .jsonl.gz, relative to data.root
+    # Relative to data.root: a file (.jsonl, also .gz and .zst, or .parquet); a folder or glob of such files, each its
+    # own dataset `name/stem`; a folder of Hugging Face's save_to_disk; a BEIR folder; or hf://owner/name[@revision].
+    path: str = ""
+    split: str = ""  # of a saved DatasetDict, a hub name or a BEIR folder (there: train)
+    config: str = ""  # of a hub name
+    streaming: bool = False  # read a hub name without storing it; needs the commit as @revision
+    merge_files: bool = False  # all files of a folder or glob are one dataset
+    columns: ColumnSettings = field(default_factory=ColumnSettings)
     type: str = ""  # one of the five task types; empty: what the rows say
     instruction: str = ""  # for rows without `prompt`
     in_batch_negatives: bool | None = None  # None: by type (only normal and only_1neg use them)
@@ -94,7 +123,7 @@ class DataSettings:
 class ExampleSettings:
     """In-context examples in training (paper, section 3.2: 0 to 5, uniform, from the query's own batch)."""
 
-    mode: Literal["in_batch", "fixed", "pool", "filler", "none"] = "in_batch"
+    mode: Literal["in_batch", "fixed", "pool", "nearest", "filler", "none"] = "in_batch"
     max_examples: int = 5
 
     @property
@@ -283,6 +312,8 @@ def _convert(kind: Any, value: Any, name: str, folder: Path) -> Any:
         kind = next(option for option in options if option is not type(None))
         return _convert(kind, value, name, folder)
     if get_origin(kind) is tuple:
+        if options[0] is str and isinstance(value, str):
+            value = [value]
         if not isinstance(value, list):
             raise ValueError(f"{name}={value!r} must be a list")
         items = enumerate(value)
@@ -343,6 +374,35 @@ def _validate(s: Settings) -> None:
             raise ValueError(f"data.datasets: the name {d.name!r} stands twice; give each dataset its own")
         if d.group_size is not None and d.group_size < 1:
             raise ValueError(f"data.datasets[{i}].group_size={d.group_size} must be at least 1")
+        _validate_source(d, f"data.datasets[{i}]")
+
+
+def _validate_source(d: DatasetSettings, where: str) -> None:
+    """What can be said of a source without looking at it."""
+    on_hub = d.path.startswith(HUB_PREFIX)
+    _, _, revision = d.path.partition("@")
+    if on_hub and not re.fullmatch(r"hf://[\w.-]+(/[\w.-]+)?(@[\w./-]+)?", d.path):
+        raise ValueError(f"{where}.path={d.path!r} must be written hf://owner/name or hf://owner/name@revision")
+    if on_hub and not d.split:
+        raise ValueError(f"{where}: {d.path} needs a split, for example split: train")
+    if on_hub and d.merge_files:
+        raise ValueError(f"{where}.merge_files is for folders and globs of files, not for {d.path}")
+    for name in ("config", "streaming"):
+        if getattr(d, name) and not on_hub:
+            raise ValueError(
+                f"{where}.{name}={getattr(d, name)!r} is for hub names (hf://...), not for path={d.path!r}"
+            )
+    if d.streaming and not re.fullmatch(r"[0-9a-f]{40}", revision):
+        raise ValueError(
+            f"{where}: streaming has no files whose checksums could tell one version from another; name the commit as "
+            f"40 digits, hf://owner/name@commit, got {d.path!r}"
+        )
+    for f in dataclasses.fields(ColumnSettings):
+        names = getattr(d.columns, f.name) or ()
+        one = f.name in ("query", "prompt", "type", "category")
+        if any(not name for name in names) or (one and (len(names) > 1 or any("*" in name for name in names))):
+            wanted = "one column" if one else "columns"
+            raise ValueError(f"{where}.columns.{f.name}={list(names)} must name {wanted}")
 
 
 def _require_positive(s: Settings) -> None:

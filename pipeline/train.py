@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from pipeline.data.composing import Limits
 from pipeline.data.sampling import check_world_size, make_schedule, plan_step, share_saved
@@ -36,6 +35,7 @@ from pipeline.runtime.engine import (
     read_deepspeed_json,
     read_state,
     start_distributed,
+    stop_distributed,
     take_step,
     write_state,
 )
@@ -253,9 +253,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         time.sleep(0 if ranks.is_first else 3)
         print(f"{'' if ranks.is_first else f'[rank {ranks.rank}] '}error: {error}", file=sys.stderr, flush=True)
         return 2
-    # Ranks leave together: one that ends while the first still saves may be aborted by gloo's threads.
-    dist.barrier()
-    dist.destroy_process_group()
+    stop_distributed()
     return 0
 
 

@@ -117,7 +117,7 @@ def tiny_store(smollm2_tokenizer_dir: str, tmp_path_factory: pytest.TempPathFact
 
     recipe = write_recipe(tmp_path_factory.mktemp("tiny_store"), smollm2_tokenizer_dir)
     settings = load_settings(recipe)
-    build_store(settings, processes=1, block_bytes=20_000, partition_bytes=50_000)
+    build_store(settings, block_bytes=20_000, partition_bytes=50_000)
     return recipe, Path(settings.data.store)
 
 

@@ -56,7 +56,7 @@ class FakeStore:
 
 
 def make_store(datasets: Mapping[str, tuple[str, list[dict[str, Any]]]], buckets: Sequence[int] = ()) -> FakeStore:
-    """Store of {name: (type, rows)}; a row has query, pos, neg and maybe scores, instruction, category.
+    """Store of {name: (type, rows)}; a row has query, pos, neg and maybe scores, instruction, category, nearest.
 
     `buckets` are sizes of the first length buckets of every dataset; the last one takes the remaining rows.
     """
@@ -104,7 +104,15 @@ def make_table(
         flat_scores = np.array([s for row in scores for s in row], dtype=np.float32) if has_scores else None
         return offsets, np.array([text(t) for x in lists for t in x], dtype=np.int64), flat_scores
 
+    def nearest() -> tuple[np.ndarray | None, np.ndarray | None]:
+        if not any("nearest" in row for row in rows):
+            return None, None
+        lists = [row.get("nearest", []) for row in rows]
+        offsets = np.concatenate([[0], np.cumsum([len(x) for x in lists])]).astype(np.int64)
+        return offsets, np.array([line - 1 for x in lists for line in x], dtype=np.int64)
+
     instructions = [row.get("instruction", "find") for row in rows]
+    nearest_offsets, nearest_row = nearest()
     pos_offsets, pos_text, pos_score = ragged("pos")
     neg_offsets, neg_text, neg_score = ragged("neg")
     return SimpleNamespace(
@@ -123,6 +131,10 @@ def make_table(
         length_N=np.full(len(rows), 10, dtype=np.int32),
         bucket_offsets=np.array([0, *np.cumsum(list(buckets)), len(rows)], dtype=np.int64),
         source_line_N=np.arange(1, len(rows) + 1, dtype=np.int64),
+        entry=name,
+        no_in_batch_neg=False,
+        nearest_offsets=nearest_offsets,
+        nearest_row=nearest_row,
     )
 
 

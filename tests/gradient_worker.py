@@ -97,16 +97,10 @@ def start_rank(settings: Settings):
     return ranks, store, Limits.from_settings(settings.preprocess), plans
 
 
-def leave() -> None:
-    """A rank that ends while another still holds connections to it may be aborted by gloo's threads."""
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
-
-
 def run_engine(settings: Settings, recipe: str, out: str, stages: str) -> None:
     from deepspeed.utils import safe_get_full_grad
 
-    from pipeline.runtime.engine import build_engine
+    from pipeline.runtime.engine import build_engine, stop_distributed
     from pipeline.runtime.step import prepare_step, run_step
 
     ranks, store, limits, plans = start_rank(settings)
@@ -131,7 +125,7 @@ def run_engine(settings: Settings, recipe: str, out: str, stages: str) -> None:
                 engine.zero_grad()
     if ranks.is_first:
         save_file(gradients, out)
-    leave()
+    stop_distributed()
 
 
 LEARNING_RATES = (1e-3, 3e-3, 5e-4)
@@ -156,7 +150,7 @@ def run_plain_steps(settings: Settings, out: str) -> None:
 
 
 def run_steps(settings: Settings, recipe: str, out: str, stages: str) -> None:
-    from pipeline.runtime.engine import build_engine, read_state, take_step
+    from pipeline.runtime.engine import build_engine, read_state, stop_distributed, take_step
     from pipeline.runtime.step import prepare_step, run_step
 
     ranks, store, limits, plans = start_rank(settings)
@@ -173,7 +167,7 @@ def run_steps(settings: Settings, recipe: str, out: str, stages: str) -> None:
         weights |= {f"{stage}|{name}": parts["weight"] for name, parts in read_state(engine).items()}
     if ranks.is_first:
         save_file(weights, out)
-    leave()
+    stop_distributed()
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Real rows and texts for tests, and a small recipe with raw data of all five types."""
 
 import gzip
+import hashlib
 import itertools
 import json
 from collections.abc import Sequence
@@ -107,3 +108,8 @@ def tiny_settings(folder: Path, tokenizer: str) -> dict[str, dict[str, Any]]:
 def cut_piece(ids: Sequence[int], limit: int, tail: Sequence[int]) -> list[int]:
     """`ids`, or if longer than `limit` tokens its start followed by the separator that the next piece needs."""
     return list(ids) if len(ids) <= limit else [*ids[: limit - len(tail)], *tail]
+
+
+def file_digests(folder: Path) -> dict[str, str]:
+    """sha256 of every file of a folder, by name."""
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}

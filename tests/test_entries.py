@@ -58,11 +58,11 @@ def test_no_command_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
     assert "usage" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("entry", ["preprocess", "plan_run", "evaluate_embedder"])
+@pytest.mark.parametrize("entry", ["preprocess", "plan_run", "evaluate_embedder", "mine_negatives"])
 def test_user_errors_have_no_traceback(entry: str, tmp_path: Path) -> None:
     path = ROOT / f"pipeline/{entry}.py"
-    task = ["--task", str(tmp_path)] if entry == "evaluate_embedder" else []
-    result = run(path, "--config", "nowhere.yaml", *task, cwd=tmp_path)
+    more = {"evaluate_embedder": ["--task", str(tmp_path)], "mine_negatives": ["--embedder", "bm25", "--out", "mined"]}
+    result = run(path, "--config", "nowhere.yaml", *more.get(entry, []), cwd=tmp_path)
     assert result.returncode == 2
     assert "error: --config nowhere.yaml: no such file" in result.stderr
     assert "Traceback" not in result.stderr

@@ -1,6 +1,5 @@
 """The whole stage from raw files to the store: same bytes however it is run, one clear error for bad input."""
 
-import hashlib
 import json
 import os
 import shutil
@@ -14,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from samples import REPOSITORY, sample_rows
+from samples import REPOSITORY, file_digests, sample_rows
 
 from pipeline.data import building
 from pipeline.data.building import build_store
+from pipeline.data.finding import find_sources
 from pipeline.data.joining import check_joined
+from pipeline.data.parallel import open_pool
 from pipeline.data.store import TokenStore, open_store
 from pipeline.data.tokenizing import PromptTokenizer, load_tokenizer
 from pipeline.preprocess import main
@@ -39,10 +40,6 @@ def cached_tokenizer(name: str, template: Template) -> PromptTokenizer:
     return load_tokenizer(name, template)
 
 
-def digests(store: Path) -> dict[str, str]:
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(store.iterdir())}
-
-
 def store_of(recipe: Path) -> Path:
     return recipe.parent / "store"
 
@@ -57,8 +54,9 @@ def test_store_is_the_same_bytes_for_any_number_of_processes(
     tiny_recipe: Recipe, tiny_store: tuple[Path, Path], processes: int
 ) -> None:
     recipe = tiny_recipe()  # in another folder than tiny_store's
-    _, built = build_store(load_settings(recipe), processes, **SMALL)
-    assert built and digests(store_of(recipe)) == digests(tiny_store[1])
+    with open_pool(processes) as pool:
+        _, built = build_store(load_settings(recipe), pool, **SMALL)
+    assert built and file_digests(store_of(recipe)) == file_digests(tiny_store[1])
     assert sorted(path.name for path in recipe.parent.iterdir()) == ["raw", "recipe.yaml", "store"]
 
 
@@ -66,7 +64,9 @@ class Killed(BaseException):
     """Stands for the end of the process: nothing catches it."""
 
 
-@pytest.mark.parametrize("stage", ["build_unit", "build_shard", "write_table", "dump_manifest", "_publish"])
+@pytest.mark.parametrize(
+    "stage", ["build_unit", "build_shard", "measure_unit", "join_units", "dump_manifest", "_publish"]
+)
 def test_interrupted_build_goes_on_and_gives_the_same_bytes(
     tiny_recipe: Recipe, tiny_store: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, stage: str
 ) -> None:
@@ -75,18 +75,18 @@ def test_interrupted_build_goes_on_and_gives_the_same_bytes(
 
     def dies_at_its_third_call(*args: Any) -> Any:
         calls.append(args)
-        if len(calls) == (3 if stage in ("build_unit", "build_shard", "write_table") else 1):
+        if len(calls) == (3 if stage in ("build_unit", "build_shard", "measure_unit", "join_units") else 1):
             raise Killed
         return real(*args)
 
     monkeypatch.setattr(building, stage, dies_at_its_third_call)
     with pytest.raises(Killed):
-        build_store(load_settings(recipe), 1, **SMALL)
+        build_store(load_settings(recipe), None, **SMALL)
     assert not store_of(recipe).exists()
     monkeypatch.setattr(building, stage, lambda *args: (calls.append(args), real(*args))[1])
     calls.clear()
-    build_store(load_settings(recipe), 1, **SMALL)
-    assert digests(store_of(recipe)) == digests(tiny_store[1])
+    build_store(load_settings(recipe), None, **SMALL)
+    assert file_digests(store_of(recipe)) == file_digests(tiny_store[1])
     if stage == "build_unit":
         finished = 2
         total = sum(1 for path in tiny_units(recipe))
@@ -94,8 +94,8 @@ def test_interrupted_build_goes_on_and_gives_the_same_bytes(
 
 
 def tiny_units(recipe: Path) -> list[Any]:
-    files = [path for path in (recipe.parent / "raw").iterdir()]
-    return [block for path in files for block in building.iter_blocks(path, SMALL["block_bytes"])]
+    files = [file for source in find_sources(load_settings(recipe)) for file in source.files]
+    return [block for file in files for block in building.iter_blocks(file, SMALL["block_bytes"])]
 
 
 def test_killed_process_leaves_no_store_and_the_next_one_finishes(tiny_recipe: Recipe) -> None:
@@ -109,10 +109,10 @@ def test_killed_process_leaves_no_store_and_the_next_one_finishes(tiny_recipe: R
     process.wait()
     assert not store_of(recipe).exists() and any(units.glob("*.json")), "killed between the first unit and the end"
     assert subprocess.run(command, capture_output=True, check=True).returncode == 0
-    found = digests(store_of(recipe))
+    found = file_digests(store_of(recipe))
     shutil.rmtree(store_of(recipe))
-    build_store(load_settings(recipe), 1)
-    assert digests(store_of(recipe)) == found
+    build_store(load_settings(recipe), None)
+    assert file_digests(store_of(recipe)) == found
 
 
 def test_changed_raw_file_starts_an_interrupted_build_over(
@@ -125,11 +125,11 @@ def test_changed_raw_file_starts_an_interrupted_build_over(
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(building, "_publish", dies)
-        build_store(load_settings(recipe), 1)
+        build_store(load_settings(recipe), None)
     raw = recipe.parent / "raw/entailment.jsonl"
     raw.write_text("".join(raw.read_text().splitlines(keepends=True)[:7]))
     with caplog.at_level("INFO"):
-        manifest, _ = build_store(load_settings(recipe), 1)
+        manifest, _ = build_store(load_settings(recipe), None)
     assert manifest.counts["rows"] == 7 and "starting over" in caplog.text
 
 
@@ -143,17 +143,17 @@ def test_units_serve_again_when_only_limits_changed(
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(building, "_publish", dies)
-        build_store(load_settings(recipe, ["preprocess.max_passage_tokens=50"]), 1, **SMALL)
+        build_store(load_settings(recipe, ["preprocess.max_passage_tokens=50"]), None, **SMALL)
     monkeypatch.setattr(building, "build_unit", parsed.append)
-    build_store(load_settings(recipe), 1, **SMALL)
-    assert parsed == [] and digests(store_of(recipe)) == digests(tiny_store[1])
+    build_store(load_settings(recipe), None, **SMALL)
+    assert parsed == [] and file_digests(store_of(recipe)) == file_digests(tiny_store[1])
 
 
 def test_death_between_the_last_renames_is_survived(
     tiny_recipe: Recipe, tiny_store: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = tiny_recipe()
-    build_store(load_settings(recipe, ["preprocess.max_passage_tokens=50"]), 1, **SMALL)
+    build_store(load_settings(recipe, ["preprocess.max_passage_tokens=50"]), None, **SMALL)
     rename, renamed = os.rename, []
 
     def dies_at_the_second(*args: Any) -> None:
@@ -164,20 +164,20 @@ def test_death_between_the_last_renames_is_survived(
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(building.os, "rename", dies_at_the_second)
-        build_store(load_settings(recipe), 1, overwrite=True, **SMALL)
+        build_store(load_settings(recipe), None, overwrite=True, **SMALL)
     assert not store_of(recipe).exists()
-    build_store(load_settings(recipe), 1, **SMALL)
-    assert digests(store_of(recipe)) == digests(tiny_store[1])
+    build_store(load_settings(recipe), None, **SMALL)
+    assert file_digests(store_of(recipe)) == file_digests(tiny_store[1])
     # And after the last one: the build folder is still there, the store is complete.
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(
             building.shutil, "rmtree", lambda path, **_: dies_at_the_second() if path.name.endswith("partial") else None
         )
         renamed[:] = [()]
-        build_store(load_settings(recipe), 1, overwrite=True, **SMALL)
-    assert build_store(load_settings(recipe), 1, **SMALL)[1] is False
-    build_store(load_settings(recipe), 1, overwrite=True, **SMALL)
-    assert digests(store_of(recipe)) == digests(tiny_store[1])
+        build_store(load_settings(recipe), None, overwrite=True, **SMALL)
+    assert build_store(load_settings(recipe), None, **SMALL)[1] is False
+    build_store(load_settings(recipe), None, overwrite=True, **SMALL)
+    assert file_digests(store_of(recipe)) == file_digests(tiny_store[1])
 
 
 # The command.
@@ -190,14 +190,14 @@ def test_command_builds_then_says_up_to_date_then_refuses_other_settings(
     assert main(["--config", recipe, "--processes", "1"]) == 0
     shown = capsys.readouterr().out
     assert "rows in 200 = stored 200 + quarantined 0" in shown and "symmetric_clustering" in shown
-    before = digests(store_of(Path(recipe)))
+    before = file_digests(store_of(Path(recipe)))
     assert main(["--config", recipe, "--processes", "1"]) == 0
     assert "up to date" in capsys.readouterr().out
     change = "preprocess.max_passage_tokens=80"
     assert main(["--config", recipe, "--processes", "1", change]) == 2
     error = capsys.readouterr().err
     assert "preprocess.max_passage_tokens: store 96, now 80" in error and "--overwrite" in error
-    assert digests(store_of(Path(recipe))) == before
+    assert file_digests(store_of(Path(recipe))) == before
     assert main(["--config", recipe, "--processes", "1", "--overwrite", change]) == 0
     assert open_store(store_of(Path(recipe))).manifest.limits["max_passage_tokens"] == 80
     assert not store_of(Path(recipe)).with_name("store.partial").exists()
@@ -237,7 +237,7 @@ def test_rows_are_stored_or_quarantined_with_their_place(
     lines[99] = b"  "
     (recipe.parent / "raw/entailment.jsonl").write_bytes(b"\xef\xbb\xbf" + b"\r\n".join(lines))
     settings = load_settings(recipe, ["preprocess.max_bad_row_share=0.02"])
-    manifest, _ = build_store(settings, 1, **SMALL)
+    manifest, _ = build_store(settings, None, **SMALL)
     assert len([f for f in manifest.text_files]) > 1
     assert (manifest.counts["rows"], manifest.counts["quarantined"]) == (295, 4)
     assert manifest.datasets[0].counts["blank_lines"] == 1
@@ -321,7 +321,7 @@ def test_second_build_of_the_same_store_is_refused(tiny_recipe: Recipe) -> None:
     recipe = tiny_recipe()
     work = store_of(recipe).with_name("store.partial")
     with building._locked(work), pytest.raises(ValueError, match="another process is building"):
-        build_store(load_settings(recipe), 1)
+        build_store(load_settings(recipe), None)
 
 
 # The check before the store gets its name.
@@ -353,5 +353,5 @@ def test_other_tokenizers_and_templates_pass_the_check(
         recipe = tiny_recipe(rows=12)
         for template in ("instruct_query", "bge_en_icl_passage_prompt"):
             overrides = [f"preprocess.tokenizer={tokenizer}", f"preprocess.template={template}"]
-            manifest, _ = build_store(load_settings(recipe, overrides), 1, overwrite=True)
+            manifest, _ = build_store(load_settings(recipe, overrides), None, overwrite=True)
             assert manifest.counts["without_context"] == 0 and manifest.counts["rows"] == 60

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from fake_store import make_settings, make_store, plain_rows
 
+from pipeline.data import sampling
 from pipeline.data.composing import plan_lengths
 from pipeline.data.packing import deal
 from pipeline.data.sampling import check_world_size, locate_step, make_schedule, plan_step, share_saved
@@ -347,7 +348,7 @@ def test_in_batch_examples_come_from_the_global_batch_without_the_row_itself_or_
     assert shown_places == set(range(8))
 
 
-@pytest.mark.parametrize("mode", ["in_batch", "pool", "fixed", "filler"])
+@pytest.mark.parametrize("mode", ["in_batch", "pool", "nearest", "fixed", "filler"])
 @pytest.mark.parametrize("task_type", TASK_TYPES)
 def test_exclusions(mode: str, task_type: str) -> None:
     """Twice the same query, reverse pairs, and positives shared by many rows."""
@@ -355,6 +356,8 @@ def test_exclusions(mode: str, task_type: str) -> None:
     for i in range(12):
         rows.append({"query": f"q{i // 2}", "pos": [f"p{i % 3}"], "neg": ["n"], "category": f"c{i % 3}"})
         rows.append({"query": f"p{i % 3}", "pos": [f"q{i // 2}"], "neg": ["n"], "category": f"c{i % 3}"})
+    for i, row in enumerate(rows):
+        row["nearest"] = [j + 1 for j in range(i - 8, i + 8) if j != i and 0 <= j < len(rows)]
     store = make_store({"d": (task_type, rows)})
     schedule = make_schedule(store, make_settings(store, mode=mode))
     same_positive_shown = 0
@@ -408,6 +411,68 @@ def test_pool_examples_come_from_the_whole_dataset() -> None:
     plan = plan_step(store, make_schedule(store, make_settings(store, mode="pool", queries=40)), 0)
     outside = ~np.isin(plan.example_row_E, plan.row_B)
     assert outside.mean() > 0.7 and len(plan.example_row_E) > 40
+
+
+def nearest_rows() -> list[dict[str, Any]]:
+    """Rows with ragged random lists of neighbours, few texts and several positives: much that may not be shown."""
+    rng = np.random.default_rng(0)
+    rows = plain_rows(60, 1)
+    for i, row in enumerate(rows):
+        row["query"] = f"q{i % 50}"
+        row["pos"] = [f"p{p}" for p in rng.choice(25, rng.integers(1, 4), replace=False)]
+        row["nearest"] = (1 + rng.permutation(np.delete(np.arange(60), i))[: rng.integers(0, 9)]).tolist()
+    return rows
+
+
+@pytest.mark.parametrize("task_type", ["normal", "symmetric_class"])
+def test_nearest_examples_are_those_of_the_slow_twin(task_type: str) -> None:
+    rows = nearest_rows()
+    store = make_store({"d": (task_type, rows)})
+    schedule = make_schedule(store, make_settings(store, mode="nearest"))
+    shown_positives, missing, shorter = set(), 0, 0
+    for step in range(4 * schedule.steps_per_epoch):
+        plan = plan_step(store, schedule, step)
+        wanted_B = sampling._generator(schedule, sampling._EXAMPLES, step).integers(0, 6, plan.num_queries)
+        for b, r in enumerate(plan.row_B.tolist()):
+            part = examples_of(plan, b)
+            shown = plan.example_row_E[part].tolist()
+            responses = [store.text(t) for t in plan.example_response_E[part].tolist()]
+            assert all(response in rows[e]["pos"] for e, response in zip(shown, responses, strict=True))
+            own = store.text(group_of(plan, b)[0])
+            # What is drawn of a row with several positives decides whether the query may show it.
+            sure = [e - 1 for e in rows[r]["nearest"] if rows[e - 1]["query"] != rows[r]["query"]]
+            maybe = list(sure)
+            if RULES[task_type].exclude_same_positive:
+                maybe = [e for e in sure if rows[e]["pos"] != [own]]
+                sure = [e for e in sure if own not in rows[e]["pos"]]
+                assert own not in responses
+            assert shown == [e for e in reversed(maybe) if e in shown], "the nearest stands last"
+            skipped = [e for e in maybe[: maybe.index(shown[0])] if e not in shown] if shown else []
+            assert not set(skipped) & set(sure), "no row that may be shown is passed over for a farther one"
+            wanted = int(wanted_B[b])
+            assert len(shown) <= wanted and (len(shown) == wanted or len(shown) >= len(sure))
+            missing += wanted - len(shown)
+            shorter += len(shown) < wanted
+            shown_positives |= set(zip(shown, responses, strict=True))
+        assert plan.num_examples_missing == missing
+        missing = 0
+    assert shorter > 0 and len(shown_positives) > len({row for row, _ in shown_positives}), "positives are drawn"
+
+
+def test_nearest_examples_that_do_not_fit_go_farthest_first() -> None:
+    rows = plain_rows(20, 1)
+    for i, row in enumerate(rows):
+        row["nearest"] = [1 + (i + j) % 20 for j in range(1, 8)]
+    store = make_store({"d": ("normal", rows)})
+    settings = make_settings(store, mode="nearest", max_prompt_tokens=50)
+    schedule, dropped = make_schedule(store, settings), 0
+    for step in range(6):
+        plan = plan_step(store, schedule, step)
+        dropped += plan.num_examples_dropped
+        for b, r in enumerate(plan.row_B.tolist()):
+            shown = plan.example_row_E[examples_of(plan, b)].tolist()
+            assert shown == [(r + j) % 20 for j in range(len(shown), 0, -1)]
+    assert dropped > 0
 
 
 def test_fixed_examples_are_the_same_for_every_query_and_step() -> None:
@@ -541,6 +606,14 @@ def test_faults_of_examples_are_none_without_examples() -> None:
     store = make_store({"d": ("normal", plain_rows(1))})
     plan = plan_step(store, make_schedule(store, make_settings(store, "none", max_example_query_tokens=1)), 5)
     assert plan.num_queries == 1 and plan.example_offsets.tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("lists", [{}, {"nearest": []}])
+def test_nearest_without_neighbours_names_the_command_that_finds_them(lists: dict[str, Any]) -> None:
+    store = make_store({"d": ("normal", [row | lists for row in plain_rows(9)])})
+    with pytest.raises(ValueError, match=r"'d' has no neighbours.*=nearest.*mine_negatives.py"):
+        make_schedule(store, make_settings(store, mode="nearest"))
+    assert make_schedule(store, make_settings(store)).steps_per_epoch == 2
 
 
 def test_clustering_rows_without_category_are_not_shown() -> None:

@@ -176,3 +176,12 @@ def test_a_key_that_stands_twice_is_an_error(tmp_path):
     recipe.write_text("optim: {lr: 1.0e-4}\nrun: {seed: 1}\noptim: {lr: 2.0e-4}\n")
     with pytest.raises(ValueError, match="recipe.yaml is not valid YAML: 'optim' stands twice"):
         load_settings(recipe)
+
+
+def test_columns_come_back_from_a_dump(recipe: Path, tmp_path: Path) -> None:
+    entry = "{name: a, path: a.jsonl, columns: {query: q, neg: [n_1, 'n_*'], type: null}}"
+    settings = load_settings(recipe, [f"data.datasets=[{entry}]"])
+    columns = settings.data.datasets[0].columns
+    assert (columns.query, columns.pos, columns.neg, columns.type) == (("q",), (), ("n_1", "n_*"), None)
+    (tmp_path / "again.yaml").write_text(dump_settings(settings))
+    assert load_settings(tmp_path / "again.yaml") == settings

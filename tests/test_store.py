@@ -200,7 +200,7 @@ def flip_byte(path: Path) -> None:
     path.write_bytes(bytes(data))
 
 
-@pytest.mark.parametrize("name", ["texts-00001.arrow", "rows-topics.arrow", "quarantine.jsonl"])
+@pytest.mark.parametrize("name", ["texts-00001.arrow", "rows-topics.safetensors", "quarantine.jsonl"])
 def test_damaged_files_are_refused(copy: Path, name: str) -> None:
     file = copy / name
     if name == "quarantine.jsonl":

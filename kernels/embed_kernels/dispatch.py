@@ -31,11 +31,11 @@ def gather_last_token(hidden_TD: Tensor, last_token_S: Tensor, eps: float = 1e-1
     Returns:
         embeddings_SD in fp32 (fp64 for fp64 input), each row of length 1.
     """
-    if _choose(impl, hidden_TD.device.type, hidden_TD.dtype, "last-token gather") == "torch":
+    if _choose(impl, hidden_TD.device, hidden_TD.dtype, "last-token gather") == "torch":
         return reference.gather_last_token(hidden_TD, last_token_S, eps)
     from embed_kernels.last_token_kernel import last_token
 
-    return last_token(hidden_TD, last_token_S, eps)[0]
+    return last_token(hidden_TD, last_token_S.contiguous(), eps)[0]
 
 
 def similarity(
@@ -60,14 +60,15 @@ def similarity(
     batch; the passages are the whole step's, so no offsets are needed.
 
     Args:
-        query_BD, passage_PD: embeddings of one type. fp32 is multiplied exactly; bf16 and fp16 use tensor cores.
-            Logits and sums are fp32 in every case (fp64 for fp64, which only "torch" takes).
+        query_BD, passage_PD: embeddings of one type. fp32 is multiplied exactly (backward as
+            torch.set_float32_matmul_precision says); bf16 and fp16 use tensor cores. Logits and sums are fp32 in every
+            case (fp64 for fp64, which only "torch" takes).
         candidate_C, group_offsets: the rows' own candidates as indices into the passages; row b holds those from
             group_offsets[b] to group_offsets[b + 1] (B + 1 of them). These, copies and keys are int32, which take half
             the registers.
         scale: 1 / temperature; a tensor of no dimensions may be learned.
         copies_P: over all rows of all ranks, how many candidates are a copy of passage p; None where in-batch and
-            cross-device candidates take no part, which makes the second result -inf.
+            cross-device candidates take no part, which makes the second result -inf (and leaves PyTorch the work).
         exclude_keys: (key_B, key_P): passages whose key equals the row's take no part in the second result.
             With text ids as keys these are the duplicates of the row's positive.
         require_keys: (key_B, key_P): only passages whose key equals the row's take part (one task, one language).
@@ -81,8 +82,12 @@ def similarity(
     """
     if query_BD.dtype != passage_PD.dtype:
         raise ValueError(f"queries are {query_BD.dtype}, passages {passage_PD.dtype}; convert one of them")
+    for name, integers in _integers(candidate_C, group_offsets, copies_P, exclude_keys, require_keys).items():
+        if integers.dtype != torch.int32:
+            raise ValueError(f"{name} is {integers.dtype}, must be int32: count from 0 and convert it")
+    chosen = _choose(impl, query_BD.device, query_BD.dtype, "similarity")
     # Without a rest there is no matrix to fuse: one dot product a candidate.
-    if copies_P is None or _choose(impl, query_BD.device.type, query_BD.dtype, "similarity") == "torch":
+    if chosen == "torch" or copies_P is None:
         return reference.similarity(
             query_BD, passage_PD, candidate_C, group_offsets, scale, copies_P, exclude_keys, require_keys, threshold_B
         )
@@ -90,22 +95,21 @@ def similarity(
 
     if max_group is None:
         max_group = int(group_offsets.diff().max()) if len(query_BD) else 0
-    if not isinstance(scale, Tensor):
-        scale = torch.full((), scale, device=query_BD.device, dtype=torch.float32)
-    for name, integers in _integers(candidate_C, group_offsets, copies_P, exclude_keys, require_keys).items():
-        if integers.dtype != torch.int32:
-            raise ValueError(f"{name} is {integers.dtype}; the kernel takes int32: count from 0 and convert it")
+    scale = torch.as_tensor(scale).to(query_BD.device, torch.float32)
+    exclude, require = (
+        tuple(key.contiguous() for key in keys) if keys else (None, None) for keys in (exclude_keys, require_keys)
+    )
     logits_C, lse_B, *_ = operator(
         query_BD,
         passage_PD,
-        candidate_C,
-        group_offsets,
+        candidate_C.contiguous(),
+        group_offsets.contiguous(),
         max_group,
         scale,
-        copies_P,
-        *(exclude_keys or (None, None)),
-        *(require_keys or (None, None)),
-        threshold_B,
+        copies_P.contiguous(),
+        *exclude,
+        *require,
+        None if threshold_B is None else threshold_B.float().contiguous(),
         workspace_bytes,
     )
     return logits_C, lse_B
@@ -114,11 +118,12 @@ def similarity(
 def _integers(
     candidate_C: Tensor,
     group_offsets: Tensor,
-    copies_P: Tensor,
+    copies_P: Tensor | None,
     exclude_keys: tuple[Tensor, Tensor] | None,
     require_keys: tuple[Tensor, Tensor] | None,
 ) -> dict[str, Tensor]:
-    found = {"candidate_C": candidate_C, "group_offsets": group_offsets, "copies_P": copies_P}
+    found = {"candidate_C": candidate_C, "group_offsets": group_offsets}
+    found |= {} if copies_P is None else {"copies_P": copies_P}
     for name, keys in (("exclude_keys", exclude_keys), ("require_keys", require_keys)):
         found |= {f"{name}[{i}]": key for i, key in enumerate(keys or ())}
     return found
@@ -161,35 +166,35 @@ def gather_similarity(
 
 
 @torch.compiler.assume_constant_result
-def _choose(impl: str, device_type: str, dtype: torch.dtype, what: str) -> str:
+def _choose(impl: str, device: torch.device, dtype: torch.dtype, what: str) -> str:
     """ "triton" or "torch"."""
-    return _choose_once(impl, device_type, dtype, what)
+    return _choose_once(impl, device, dtype, what)
 
 
 @functools.cache
-def _choose_once(impl: str, device_type: str, dtype: torch.dtype, what: str) -> str:
+def _choose_once(impl: str, device: torch.device, dtype: torch.dtype, what: str) -> str:
     """Cached, so each choice is logged once."""
-    fault = _triton_fault(device_type, dtype)
+    fault = _triton_fault(device, dtype)
     if impl not in ("auto", "triton", "torch"):
         raise ValueError(f"impl={impl!r} must be auto, triton or torch")
     if impl == "triton" and fault:
         raise ValueError(f"impl='triton' cannot run: {fault}; auto takes what can")
-    chosen = impl if impl != "auto" else "torch" if fault or device_type == "cpu" else "triton"
+    chosen = impl if impl != "auto" else "torch" if fault or device.type == "cpu" else "triton"
     log.info("%s kernel: %s (asked for: %s%s)", what, chosen, impl, f"; triton: {fault}" if fault else "")
     return chosen
 
 
-def _triton_fault(device_type: str, dtype: torch.dtype) -> str:
+def _triton_fault(device: torch.device, dtype: torch.dtype) -> str:
     """Why the Triton kernels cannot run, or nothing."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed (it comes with torch's CUDA builds; pip install triton)"
     if dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"it has no {dtype}"
-    if device_type == "cpu":
+    if device.type == "cpu":
         interpreted = os.environ.get("TRITON_INTERPRET") == "1"
         return "" if interpreted else "the tensors are on the CPU (TRITON_INTERPRET=1 runs it there, slowly)"
-    if device_type != "cuda" or torch.version.cuda is None:
-        return f"{device_type} is not an NVIDIA GPU"
-    if torch.cuda.get_device_capability() < (9, 0):
+    if device.type != "cuda" or torch.version.cuda is None:
+        return f"{device} is not an NVIDIA GPU"
+    if torch.cuda.get_device_capability(device) < (9, 0):
         return "the GPU is older than Hopper (sm_90), whose bulk copies it uses"
     return ""

@@ -42,6 +42,7 @@ def backward_kernel(grad_out, out, norm, last, grad_hidden, D, eps, BLOCK_D: tl.
 @torch.library.custom_op("embed_kernels::last_token", mutates_args=())
 def last_token(hidden_TD: Tensor, last_token_S: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """embeddings_SD in fp32 and the length of each row before normalisation."""
+    assert last_token_S.is_contiguous(), "the caller makes it contiguous"
     hidden_TD = hidden_TD if hidden_TD.stride(1) == 1 else hidden_TD.contiguous()
     S, D = len(last_token_S), hidden_TD.shape[1]
     out_SD = torch.empty(S, D, device=hidden_TD.device, dtype=torch.float32)

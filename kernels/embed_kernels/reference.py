@@ -59,6 +59,6 @@ def similarity(
     # The shift is finite also for rows with nothing left, whose sum is then 0: no NaN in either direction.
     shift_B = masked_BP.detach().amax(dim=1).clamp_min(torch.finfo(wide).min)
     sum_B = (weight_BP * torch.exp(masked_BP - shift_B[:, None])).sum(dim=1)
-    some_B = sum_B > 0
-    lse_B = torch.where(some_B, sum_B, torch.ones_like(sum_B)).log() + shift_B
-    return logits_C, torch.where(some_B, lse_B, torch.full_like(lse_B, float("-inf")))
+    none_B = sum_B == 0  # false for NaN, which must show
+    lse_B = torch.where(none_B, torch.ones_like(sum_B), sum_B).log() + shift_B
+    return logits_C, torch.where(none_B, torch.full_like(lse_B, float("-inf")), lse_B)

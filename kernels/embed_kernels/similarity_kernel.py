@@ -19,6 +19,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 FINISH_WARPS = 8
+FINISH_TILES = 1024  # merged at a time: more would not fit the registers
+MAX_TILES = 65535  # of passages: the second axis of a launch
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
@@ -33,7 +35,7 @@ class Tile:
     num_stages: int = 4
 
 
-# Chosen by shape and type alone, never by timing: ranks with other tiles would round differently.
+# Chosen by shape and type alone, never by timing, so that a run repeats bit for bit.
 SMALL = Tile(128, 128, 64)
 LARGE = Tile(128, 256, 64, num_stages=3)  # fewer bytes from L2 for each multiplication
 FP32 = Tile(64, 64, 16, num_warps=8, num_stages=3)  # exact products, no tensor cores
@@ -103,7 +105,8 @@ def _masked_logits(
         require = tl.load(require_B + rows, mask=row_in, other=0)
         keep = keep & (require[:, None] == tl.load(require_P + cols, mask=col_in, other=0)[None, :])
     if threshold is not None:
-        keep = keep & (scores <= tl.load(threshold + rows, mask=row_in, other=0.0)[:, None])
+        # Written so that NaN stays: a broken embedding must not look like a row with nothing left.
+        keep = keep & ~(scores > tl.load(threshold + rows, mask=row_in, other=0.0)[:, None])
     logits = scores * (scale * LOG2_E) + tl.log2(tl.maximum(times, 1).to(tl.float32))[None, :]
     logits = tl.where(keep, logits, float("-inf"))
     first = tl.load(group_offsets + rows, mask=row_in, other=0)
@@ -114,7 +117,8 @@ def _masked_logits(
     return logits
 
 
-@triton.jit
+# Sizes that change from step to step must not compile a kernel each.
+@triton.jit(do_not_specialize=["B", "P", "D", "max_group"])
 def lse_kernel(
     query, passage, part_max, part_sum, scale_ptr, candidate, group_offsets, copies,
     exclude_B, exclude_P, require_B, require_P, threshold, B, P, D, max_group,
@@ -129,7 +133,7 @@ def lse_kernel(
     parts = _parts(scores, ROWS, COLS)
     PART: tl.constexpr = parts[0].shape[1]
     rows = row0 + tl.arange(0, ROWS)
-    most = tl.full((ROWS,), float("-inf"), dtype=tl.float32)
+    maximum = tl.full((ROWS,), float("-inf"), dtype=tl.float32)
     total = tl.zeros((ROWS,), dtype=tl.float32)
     for i in tl.static_range(COLS // PART):
         cols = col0 + i * PART + tl.arange(0, PART)
@@ -137,16 +141,16 @@ def lse_kernel(
             parts[i], rows, cols, B, P, scale, candidate, group_offsets, max_group, copies,
             exclude_B, exclude_P, require_B, require_P, threshold,
         )  # fmt: skip
-        higher = tl.maximum(most, tl.max(logits, axis=1))
-        shift = tl.where(higher == float("-inf"), 0.0, higher)
-        total = total * tl.exp2(most - shift) + tl.sum(tl.exp2(logits - shift[:, None]), axis=1)
-        most = higher
+        new_maximum = tl.maximum(maximum, tl.max(logits, axis=1))
+        shift = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
+        total = total * tl.exp2(maximum - shift) + tl.sum(tl.exp2(logits - shift[:, None]), axis=1)
+        maximum = new_maximum
     place = tile.to(tl.int64) * B + rows
-    tl.store(part_max + place, most, mask=rows < B)
+    tl.store(part_max + place, maximum, mask=rows < B)
     tl.store(part_sum + place, total, mask=rows < B)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B", "num_tiles", "max_group"])
 def finish_kernel(
     query, passage, part_max, part_sum, scale_ptr, candidate, group_offsets, copies,
     exclude_B, exclude_P, require_B, require_P, threshold, logits, own_times, lse, lse2,
@@ -159,11 +163,16 @@ def finish_kernel(
     """
     b = tl.program_id(0).to(tl.int64)
     scale = tl.load(scale_ptr)
-    tiles = tl.arange(0, BLOCK_TILES).to(tl.int64)
-    parts = tl.load(part_max + tiles * B + b, mask=tiles < num_tiles, other=float("-inf"))
-    sums = tl.load(part_sum + tiles * B + b, mask=tiles < num_tiles, other=0.0)
-    most = tl.max(parts, axis=0)
-    total = tl.sum(sums * tl.exp2(parts - tl.where(most == float("-inf"), 0.0, most)), axis=0)
+    maximum = tl.full((), float("-inf"), dtype=tl.float32)
+    total = tl.zeros((), dtype=tl.float32)
+    for start in range(0, num_tiles, BLOCK_TILES):
+        tiles = start + tl.arange(0, BLOCK_TILES).to(tl.int64)
+        parts = tl.load(part_max + tiles * B + b, mask=tiles < num_tiles, other=float("-inf"))
+        sums = tl.load(part_sum + tiles * B + b, mask=tiles < num_tiles, other=0.0)
+        new_maximum = tl.maximum(maximum, tl.max(parts, axis=0))
+        shift = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
+        total = total * tl.exp2(maximum - shift) + tl.sum(sums * tl.exp2(parts - shift), axis=0)
+        maximum = new_maximum
     d = tl.arange(0, BLOCK_D)
     q = tl.load(query + b * stride_q + d, mask=d < D, other=0.0).to(tl.float32)
     first = tl.load(group_offsets + b)
@@ -183,16 +192,17 @@ def finish_kernel(
         if require_B is not None:
             times = tl.where(tl.load(require_B + b) == tl.load(require_P + own, mask=inside, other=0), times, 0)
         if threshold is not None:
-            times = tl.where(score <= tl.load(threshold + b), times, 0)
+            times = tl.where(score > tl.load(threshold + b), 0, times)
         times = tl.where(inside, tl.maximum(times, 0), 0)
         tl.store(logits + first + g, score * scale, mask=inside)
         tl.store(own_times + first + g, times, mask=inside)
         logit = score * (scale * LOG2_E)
-        higher = tl.where(times > 0, tl.maximum(most, logit), most)
-        shift = tl.where(higher == float("-inf"), 0.0, higher)
-        total = total * tl.exp2(most - shift) + times.to(tl.float32) * tl.exp2(tl.minimum(logit - shift, 0.0))
-        most = higher
-    base2 = tl.where(total > 0, most + tl.log2(tl.where(total > 0, total, 1.0)), float("-inf"))
+        new_maximum = tl.where(times > 0, tl.maximum(maximum, logit), maximum)
+        shift = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
+        added = tl.where(times > 0, times.to(tl.float32) * tl.exp2(logit - shift), 0.0)
+        total = total * tl.exp2(maximum - shift) + added
+        maximum = new_maximum
+    base2 = tl.where(total == 0, float("-inf"), maximum + tl.log2(tl.where(total == 0, 1.0, total)))
     tl.store(lse2 + b, base2)
     tl.store(lse + b, base2 / LOG2_E)
 
@@ -205,7 +215,6 @@ def _score_gradient(
     """dL/d(q.p) of a tile: shares of the rest's softmax, and what arrives at the own group's logits."""
     row_in = rows < B
     base2 = tl.load(lse2 + rows, mask=row_in, other=0.0)
-    base2 = tl.where(base2 == float("-inf"), 0.0, base2)  # then every logit is -inf
     arriving = tl.load(grad_lse + rows, mask=row_in, other=0.0)
     masked = _masked_logits(
         scores, rows, cols, B, P, scale, candidate, group_offsets, max_group, copies,
@@ -233,7 +242,7 @@ def _round_bf16(x):
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) & -65536).to(tl.float32, bitcast=True)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["col_start", "B", "P", "D", "max_group"])
 def gradient_kernel(
     query, passage, out, scale_ptr, candidate, group_offsets, copies,
     exclude_B, exclude_P, require_B, require_P, threshold, logits, own_times, lse2, grad_lse, grad_logits,
@@ -287,9 +296,12 @@ def similarity(
     lse_B, lse2_B = (torch.empty(B, device=query_BD.device, dtype=torch.float32) for _ in range(2))
     if not B:
         return logits_C, lse_B, lse2_B, own_times_C
+    _require_contiguous(candidate_C, group_offsets, copies_P, exclude_B, exclude_P, require_B, require_P, threshold_B)
     query_BD, passage_PD = _aligned(query_BD), _aligned(passage_PD)
     tile = choose_tile(B, P, query_BD.dtype)
     num_tiles = triton.cdiv(P, tile.passages)
+    if num_tiles > MAX_TILES:
+        raise ValueError(f"{P} passages are more than {MAX_TILES} tiles of {tile.passages}; compare them in parts")
     part_max, part_sum = (torch.empty(num_tiles, B, device=query_BD.device, dtype=torch.float32) for _ in range(2))
     if num_tiles:
         lse_kernel[triton.cdiv(B, tile.rows), num_tiles](
@@ -304,7 +316,7 @@ def similarity(
         query_BD, passage_PD, part_max, part_sum, scale, candidate_C, group_offsets, copies_P,
         exclude_B, exclude_P, require_B, require_P, threshold_B, logits_C, own_times_C, lse_B, lse2_B,
         B, D, query_BD.stride(0), passage_PD.stride(0), num_tiles, max_group,
-        BLOCK_TILES=triton.next_power_of_2(max(num_tiles, 1)), BLOCK_D=triton.next_power_of_2(D),
+        BLOCK_TILES=min(triton.next_power_of_2(max(num_tiles, 1)), FINISH_TILES), BLOCK_D=triton.next_power_of_2(D),
         num_warps=FINISH_WARPS,
     )  # fmt: skip
     return logits_C, lse_B, lse2_B, own_times_C
@@ -403,6 +415,11 @@ def _aligned(rows: Tensor) -> Tensor:
     padding = -rows.shape[1] % (16 // rows.element_size())
     rows = torch.nn.functional.pad(rows, (0, padding)) if padding else rows.contiguous()
     return rows if rows.data_ptr() % 16 == 0 else rows.clone()
+
+
+def _require_contiguous(*vectors: Tensor | None) -> None:
+    """Kernels read vectors by their first address alone."""
+    assert all(vector is None or vector.is_contiguous() for vector in vectors), "the caller makes them contiguous"
 
 
 def _must_upcast(tensor: Tensor) -> bool:

@@ -15,37 +15,27 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-
+from pipeline.data.blocks import BLOCK_BYTES, Block, RawFile, add_checksum, iter_blocks
 from pipeline.data.composing import Limits, compose_query, compose_wrapped
+from pipeline.data.finding import find_sources
 from pipeline.data.joining import check_joined
-from pipeline.data.parallel import open_pool, run_tasks
+from pipeline.data.parallel import run_tasks
 from pipeline.data.pieces import KINDS
 from pipeline.data.quality import require_usable, write_quarantine
-from pipeline.data.raw import BLOCK_BYTES, Block, is_gzip, iter_blocks
-from pipeline.data.row_tables import (
-    HISTOGRAM_EDGES,
-    Measures,
-    TextIndex,
-    count_uses,
-    histogram,
-    length_keys,
-    load_rows,
-    load_text_index,
-    write_table,
-)
+from pipeline.data.row_tables import HISTOGRAM_EDGES, JoinTask, MeasureTask, TextShards, join_units, measure_unit
 from pipeline.data.sources import (
     Source,
-    find_source,
     full_identity,
     group_size_of,
     is_empty,
     raw_identity,
     require_store,
     require_up_to_date,
+    with_checksums,
 )
 from pipeline.data.store import (
     FORMAT_VERSION,
@@ -67,8 +57,12 @@ from pipeline.settings import PreprocessSettings, Settings
 log = logging.getLogger(__name__)
 
 PARTITION_BYTES = 4 << 20
+# Every partition reads a part of every unit, so both are few: larger inputs have larger ones.
 _MAX_PARTITIONS = 4096
-_GZIP_RATIO = 4
+_MAX_UNITS = 4096
+_MAX_BLOCK_BYTES = 64 << 20  # what a process holds of raw text, several times over
+_TEXT_PER_BYTE = {"gzip": 4, "zstd": 4, "parquet": 3}  # of a file, about; of others 1
+_HUB_BYTES = 4 << 30  # of a dataset that is streamed: its size is not known
 
 
 @dataclass(frozen=True)
@@ -87,6 +81,10 @@ class BuildPlan:
         return self.work / "units"
 
     @property
+    def rows(self) -> Path:
+        return self.work / "rows"
+
+    @property
     def reports(self) -> Path:
         return self.work / "reports"
 
@@ -97,19 +95,20 @@ class BuildPlan:
 
 def build_store(
     settings: Settings,
-    processes: int,
+    pool: Executor | None = None,
     overwrite: bool = False,
     bars: bool = False,
-    block_bytes: int = BLOCK_BYTES,
+    block_bytes: int | None = None,
     partition_bytes: int = PARTITION_BYTES,
 ) -> tuple[Manifest, bool]:
     """Build the token store of a recipe at settings.data.store.
 
     Args:
-        processes: changes the time, never the result.
+        pool: from `open_pool`; changes the time, never the result. None: all in this process.
         overwrite: replace a store made from other settings or raw files.
         bars: show progress bars.
-        block_bytes, partition_bytes: size of a unit of raw lines, and of the raw text behind one text shard.
+        block_bytes, partition_bytes: size of a unit of raw lines, and of the raw text behind one text shard. By
+            default they go with the size of the input.
 
     Returns:
         the manifest, and whether the store was built (False: it was there already and is up to date).
@@ -117,43 +116,45 @@ def build_store(
     Raises:
         ValueError: for everything a user can cause; no store is left behind then.
     """
-    # One thread a process: the processes are the parallelism.
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
     store = Path(settings.data.store)
-    files = [find_source(settings, dataset) for dataset in settings.data.datasets]
-    if not files:
+    if not settings.data.datasets:
         raise ValueError("data.datasets is empty; name at least one raw file there")
+    found = find_sources(settings)
     # Loading the tokenizer takes seconds: other processes parse rows meanwhile.
-    with open_pool(processes) as pool, ThreadPoolExecutor(1) as thread:
+    with ThreadPoolExecutor(1) as thread:
         template = get_template(settings.preprocess.template)
         loading = thread.submit(load_tokenizer, settings.tokenizer_name, template)
-        digests = run_tasks(pool, file_sha256, files, "checksums of raw files", bars, len(files))
-        sources = tuple(
-            Source(dataset, path, path.stat().st_size, digest)
-            for dataset, path, digest in zip(settings.data.datasets, files, digests, strict=True)
-        )
+        parts = list(dict.fromkeys(part for source in found for file in source.files for part in file.parts))
+        states = run_tasks(pool, add_checksum, parts, "checksums of raw files", bars, len(parts))
+        sources = with_checksums(found, {state.path: state for state in states})
+        text_bytes = sum(_text_bytes(file) for source in sources for file in source.files)
+        block_bytes = block_bytes or min(max(BLOCK_BYTES, text_bytes // _MAX_UNITS), _MAX_BLOCK_BYTES)
         raw = raw_identity(sources, block_bytes, partition_bytes)
         if store.exists() and not is_empty(store):
             require_store(store)
         if not overwrite and store.exists() and not is_empty(store):
             return require_up_to_date(store, full_identity(raw, settings, sources, loading.result())), False
-        text_bytes = sum(s.num_bytes * (_GZIP_RATIO if is_gzip(s.path) else 1) for s in sources)
         num_partitions = min(max(-(-text_bytes // partition_bytes), 1), _MAX_PARTITIONS)
         work = store.with_name(store.name + ".partial")
         plan = BuildPlan(settings, sources, work, num_partitions, block_bytes, bars)
         with _locked(work):
             if not overwrite and store.exists() and not is_empty(store):
                 raise ValueError(f"another process has just built {store}; run again to compare it with the recipe")
-            _keep_or_clear(work, "raw.json", raw, (plan.units, plan.reports, plan.target))
+            _keep_or_clear(work, "raw.json", raw, (plan.units, plan.rows, plan.reports, plan.target))
             reports = _build_units(plan, pool, loading)
             pt = loading.result()
             identity = full_identity(raw, settings, sources, pt)
-            _keep_or_clear(work, "identity.json", identity, (plan.reports, plan.target))
+            _keep_or_clear(work, "identity.json", identity, (plan.rows, plan.reports, plan.target))
             manifest = _build(plan, pt, identity, reports, pool)
             _publish(plan, store)
             # Before the lock goes: another process may be waiting to build in this folder.
             shutil.rmtree(work)
     return manifest, True
+
+
+def _text_bytes(file: RawFile) -> int:
+    """About how much text a file holds."""
+    return _HUB_BYTES if file.kind == "hub" else file.num_bytes * _TEXT_PER_BYTE.get(file.kind, 1)
 
 
 @contextmanager
@@ -197,15 +198,14 @@ def _build(
 ) -> Manifest:
     """Stages B and C, the manifest, and the check of the whole."""
     shards, shard_counts = _build_shards(plan, pt, reports, pool)
-    index = load_text_index([plan.target / shard.name for shard in shards])
-    instructions: dict[str, int] = {}
-    tables = [
-        _build_table(plan, source, found, index, instructions, pt)
-        for source, found in zip(plan.sources, reports, strict=True)
-    ]
+    units = [unit for found in reports for unit in found.values()]
+    instructions = {text: i for i, text in enumerate(dict.fromkeys(t for unit in units for t in unit["instructions"]))}
+    pieces = tokenize_pieces(pt, list(instructions), "instruct")
+    _require_room(plan.settings, pt.tokens, list(instructions), pieces)
+    tables = _build_tables(plan, pt, reports, shards, instructions, [len(piece) for piece in pieces], pool)
     quarantine = plan.target / "quarantine.jsonl"
     num_bad = write_quarantine(
-        quarantine, [(s.path.name, list(f.values())) for s, f in zip(plan.sources, reports, strict=True)]
+        quarantine, [(source, list(found.values())) for source, found in zip(plan.sources, reports, strict=True)]
     )
     p, template = plan.settings.preprocess, pt.template
     manifest = Manifest(
@@ -222,7 +222,7 @@ def _build(
         histogram_edges=HISTOGRAM_EDGES,
         tokens=pt.tokens,
         instructions=tuple(instructions),
-        instruction_ids=tuple(tuple(ids) for ids in tokenize_pieces(pt, list(instructions), "instruct")),
+        instruction_ids=tuple(tuple(ids) for ids in pieces),
         datasets=tuple(entry for entry, _ in tables),
         counts={"rows": sum(entry.counts["rows"] for entry, _ in tables), "quarantined": num_bad, **shard_counts},
         text_files=tuple(shards),
@@ -241,20 +241,21 @@ def _build_units(plan: BuildPlan, pool: Executor | None, loading: Future[PromptT
 
     def tasks() -> Iterator[UnitTask]:
         for number, source in enumerate(plan.sources):
-            for i, block in enumerate(iter_blocks(source.path, plan.block_bytes)):
-                name = f"{number:04d}-{i:07d}"
-                names[number].append(name)
-                if loading.done():
-                    loading.result()
-                if not (plan.units / f"{name}.json").is_file():
-                    yield _unit_task(plan, source, name, block)
+            for file_number, file in enumerate(source.files):
+                for i, block in enumerate(iter_blocks(file, plan.block_bytes)):
+                    name = f"{number:04d}-{file_number:05d}-{i:07d}"
+                    names[number].append(name)
+                    if loading.done():
+                        loading.result()
+                    if not (plan.units / f"{name}.json").is_file():
+                        yield _unit_task(plan, source, name, file_number, block)
 
-    total = sum(-(-source.num_bytes // plan.block_bytes) for source in plan.sources)
+    total = sum(-(-_text_bytes(file) // plan.block_bytes) for source in plan.sources for file in source.files)
     run_tasks(pool, build_unit, tasks(), "A  parse and hash rows", plan.bars, total)
     reports = [{name: _read_json(plan.units / f"{name}.json") for name in some} for some in names]
     for source, found in zip(plan.sources, reports, strict=True):
         share = plan.settings.preprocess.max_bad_row_share
-        require_usable(source.dataset.name, source.path, list(found.values()), share)
+        require_usable(source, list(found.values()), share)
     return reports
 
 
@@ -262,9 +263,8 @@ def _read_json(path: Path) -> dict[str, Any]:
     return dict(json.loads(path.read_text(encoding="utf-8")))
 
 
-def _unit_task(plan: BuildPlan, source: Source, name: str, block: Block) -> UnitTask:
-    dataset = source.dataset
-    return UnitTask(str(plan.units), name, block, dataset.type, dataset.instruction, plan.num_partitions)
+def _unit_task(plan: BuildPlan, source: Source, name: str, file: int, block: Block) -> UnitTask:
+    return UnitTask(str(plan.units), name, file, block, source.rules, plan.num_partitions)
 
 
 def _build_shards(
@@ -311,49 +311,117 @@ def _widths(p: PreprocessSettings, tokens: PromptTokens) -> dict[str, Width]:
     return widths
 
 
-def _build_table(
+def _build_tables(
     plan: BuildPlan,
-    source: Source,
-    reports: UnitReports,
-    index: TextIndex,
-    instructions: dict[str, int],
     pt: PromptTokenizer,
-) -> tuple[DatasetEntry, StoredFile]:
-    """Stage C of one dataset; new instructions join `instructions`."""
-    units = list(reports.values())
-    rows = load_rows([str(plan.units / name) for name in reports], units, index, instructions)
-    pieces = tokenize_pieces(pt, list(instructions), "instruct")
-    _require_room(plan.settings, pt.tokens, list(instructions), pieces)
-    lengths = pa.array([len(piece) for piece in pieces], pa.int64()).to_numpy()
-    measures = Measures(pt.tokens, Limits.from_settings(plan.settings.preprocess), index.uncut_U, lengths)
-    task_type = next(kind for unit in units for kind in unit["types"])
-    group_size = group_size_of(plan.settings, source.dataset, task_type)
-    length_N = length_keys(rows, task_type, measures, group_size)
-    counts, histograms = count_uses(rows, task_type, measures)
-    counts["quarantined"] = sum(len(unit["quarantine"]) for unit in units)
-    counts["blank_lines"] = sum(unit["num_blank"] for unit in units)
-    path = plan.target / _row_file_name(source)
-    if path.name in {_row_file_name(other) for other in plan.sources if other is not source}:
-        raise ValueError(f"data.datasets: {source.dataset.name!r} and another name give the same file {path.name}")
-    scored = any(unit["scored"] for unit in units)
-    edges = plan.settings.preprocess.bucket_edges
-    bucket_offsets = write_table(path, rows, length_N, edges, scored)
-    histograms["row"] = histogram(length_N, HISTOGRAM_EDGES)
-    entry = DatasetEntry(
+    reports: Sequence[UnitReports],
+    shards: Sequence[StoredFile],
+    instructions: dict[str, int],
+    instruction_lengths: Sequence[int],
+    pool: Executor | None,
+) -> list[tuple[DatasetEntry, StoredFile]]:
+    """Stage C. The row table of every dataset, in order."""
+    starts = (0, *accumulate(shard.num_items for shard in shards))
+    text_shards = TextShards(tuple(str(plan.target / shard.name) for shard in shards), starts)
+    types = [next(kind for unit in found.values() for kind in unit["types"]) for found in reports]
+    settings = plan.settings
+    group_sizes = [group_size_of(settings, s.dataset, t) for s, t in zip(plan.sources, types, strict=True)]
+
+    nearest = [_with_nearest(source, found) for source, found in zip(plan.sources, reports, strict=True)]
+
+    def measure_tasks() -> Iterator[MeasureTask]:
+        columns = zip(reports, types, group_sizes, nearest, strict=True)
+        for found, task_type, group_size, with_nearest in columns:
+            first_lines = accumulate((unit["num_lines"] for unit in found.values()), initial=0)
+            for (name, unit), first_line in zip(found.items(), first_lines, strict=False):
+                if not (plan.rows / f"{name}.json").is_file():
+                    yield MeasureTask(
+                        unit=str(plan.units / name),
+                        target=str(plan.rows / name),
+                        first_line=first_line,
+                        instructions=tuple(instructions[text] for text in unit["instructions"]),
+                        task_type=task_type,
+                        group_size=group_size,
+                        shards=text_shards,
+                        edges=settings.preprocess.bucket_edges,
+                        tokens=pt.tokens,
+                        limits=Limits.from_settings(settings.preprocess),
+                        instruction_lengths=tuple(instruction_lengths),
+                        with_nearest=with_nearest,
+                    )
+
+    run_tasks(pool, measure_unit, measure_tasks(), "C  measure rows", plan.bars, sum(len(found) for found in reports))
+    targets = _row_files(plan)
+    done = [plan.reports / f"{target.name}.json" for target in targets]
+    tasks = (
+        JoinTask(
+            units=tuple(str(plan.rows / name) for name in found),
+            target=str(target),
+            report=str(report),
+            num_texts=starts[-1],
+            scored=any(unit["scored"] for unit in found.values()),
+            with_nearest=with_nearest,
+            num_lines=sum(unit["num_lines"] for unit in found.values()),
+        )
+        for found, target, report, with_nearest in zip(reports, targets, done, nearest, strict=True)
+        if not (target.is_file() and report.is_file())
+    )
+    run_tasks(pool, join_units, tasks, "C  write row tables", plan.bars, len(targets))
+    joined = [_read_json(report) for report in done]
+    entries = [
+        _dataset_entry(source, found, report, task_type, group_size)
+        for source, found, report, task_type, group_size in zip(
+            plan.sources, reports, joined, types, group_sizes, strict=True
+        )
+    ]
+    files = [
+        StoredFile(target.name, report["num_rows"], report["num_bytes"], report["sha256"])
+        for target, report in zip(targets, joined, strict=True)
+    ]
+    return list(zip(entries, files, strict=True))
+
+
+def _with_nearest(source: Source, found: UnitReports) -> bool:
+    """Whether rows name their nearest rows, by lines of their one file."""
+    some = any(unit["nearest"] for unit in found.values())
+    if some and len(source.files) > 1:
+        raise ValueError(
+            f"dataset {source.dataset.name!r}: rows name their nearest rows by line, which means one file, and the "
+            f"dataset has {len(source.files)}; leave `nearest` out (columns.nearest: null), or mine again"
+        )
+    return some
+
+
+def _dataset_entry(
+    source: Source, found: UnitReports, report: dict[str, Any], task_type: str, group_size: int
+) -> DatasetEntry:
+    left_out = {
+        "quarantined": sum(len(unit["quarantine"]) for unit in found.values()),
+        "blank_lines": sum(unit["num_blank"] for unit in found.values()),
+    }
+    return DatasetEntry(
         name=source.dataset.name,
         task_type=task_type,
         source=source.record,
         instruction=source.dataset.instruction,
         group_size=group_size,
-        counts=counts,
-        histograms=histograms,
-        bucket_offsets=bucket_offsets,
+        counts=report["counts"] | left_out,
+        histograms=report["histograms"],
+        bucket_offsets=tuple(report["bucket_offsets"]),
     )
-    return entry, _stored(path, counts["rows"])
 
 
-def _row_file_name(source: Source) -> str:
-    return "rows-" + re.sub(r"[^\w.-]", "_", source.dataset.name) + ".arrow"
+def _row_files(plan: BuildPlan) -> list[Path]:
+    """The row file of every dataset; ValueError where two names give the same one."""
+    names: dict[str, str] = {}
+    for source in plan.sources:
+        file = "rows-" + re.sub(r"[^\w.-]", "_", source.dataset.name) + ".safetensors"
+        if file in names:
+            raise ValueError(
+                f"data.datasets: {names[file]!r} and {source.dataset.name!r} give the same file {file}; rename one"
+            )
+        names[file] = source.dataset.name
+    return [plan.target / file for file in names]
 
 
 def _require_room(

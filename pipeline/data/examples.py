@@ -99,6 +99,33 @@ def show_from_dataset(
     return offsets, _concatenate(pool, rest).take(source)
 
 
+def show_nearest(
+    table: DatasetTable, rule: TaskRule, batch: Pairs, wanted_B: np.ndarray, rng: np.random.Generator
+) -> tuple[np.ndarray, Pairs]:
+    """The nearest rows that mining stored and the query may show: (example_offsets [B + 1], pairs [E]).
+
+    Examples like the query are what RARe trains with (arXiv 2410.20088). The nearest stands last, beside the query:
+    the prompt limit drops examples from the left, so what is dropped is what is least like the query.
+    """
+    assert table.nearest_offsets is not None and table.nearest_row is not None
+    start_B = np.asarray(table.nearest_offsets[batch.row], dtype=np.int64)
+    count_B = np.asarray(table.nearest_offsets[batch.row + 1], dtype=np.int64) - start_B
+    within_BM = np.arange(int(count_B.max(initial=0)))[None, :] < count_B[:, None]
+    # Farthest first: column m counts from the end of each query's list.
+    place_BM = np.where(within_BM, start_B[:, None] + count_B[:, None] - 1 - np.arange(within_BM.shape[1]), 0)
+    row_R = np.asarray(table.nearest_row[place_BM[within_BM]], dtype=np.int64)
+    pool = make_pairs(table, rule, row_R, draw_entries(table, row_R, rng))
+    source_BM = np.zeros(within_BM.shape, dtype=np.int64)
+    source_BM[within_BM] = np.arange(len(row_R))
+    allowed_BM = np.zeros(within_BM.shape, dtype=bool)
+    query_R = np.repeat(np.arange(len(batch.row)), count_B)
+    allowed_BM[within_BM] = may_show(rule, batch.take(query_R), pool)
+    nearer_BM = np.cumsum(allowed_BM[:, ::-1], axis=1)[:, ::-1]
+    chosen_BM = allowed_BM & (nearer_BM <= wanted_B[:, None])
+    offsets, source = _gather(chosen_BM, source_BM, {})
+    return offsets, pool.take(source)
+
+
 def show_fixed(rule: TaskRule, batch: Pairs, fixed: Pairs) -> tuple[np.ndarray, Pairs]:
     """The same examples for every query, without those that it may not see: (example_offsets [B + 1], pairs [E])."""
     allowed_BF = may_show(rule, _column(batch), fixed)

@@ -1,13 +1,19 @@
-"""Independent tasks on a pool of processes, with a bounded number waiting."""
+"""Independent tasks on processes of this machine, or on the ranks of an MPI job over many nodes.
+
+Under mpiexec or srun the first rank hands out tasks one by one and the others work them off, so fast and slow nodes
+both stay busy, and no result depends on their number. Files pass between stages: the build folder must be on a file
+system that all nodes see.
+"""
 
 import multiprocessing
+import os
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 
@@ -17,11 +23,72 @@ Result = TypeVar("Result")
 _WAITING_PER_PROCESS = 2
 
 
+def mpi_size() -> int:
+    """Ranks of the MPI job that this process belongs to; 1 without one, where mpi4py is not imported.
+
+    Raises:
+        ValueError: several processes were started that would each take themselves for the only one.
+    """
+    wanted = next((int(os.environ[n]) for n in ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE") if n in os.environ), None)
+    if wanted is None and "PMIX_RANK" in os.environ:
+        wanted = int(os.environ.get("SLURM_STEP_NUM_TASKS", "2"))
+    if wanted is None:
+        tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
+        if tasks > 1:
+            raise ValueError(f"srun started {tasks} tasks that cannot find each other; use srun --mpi=pmi2")
+        return 1
+    if wanted == 1:
+        return 1
+    size = _communicator().Get_size()
+    if size != wanted:
+        raise ValueError(
+            f"{wanted} ranks were started, but MPI sees {size}: mpi4py found the library of another MPI than the one "
+            "that started them; load the module that belongs to it, or pip install 'bge-icl-train[mpi]'"
+        )
+    return size
+
+
+def serve_first_rank() -> bool:
+    """On a rank of an MPI job other than the first: work off what that one hands out, until it ends.
+
+    Returns:
+        whether this process was such a rank, and so has nothing left to do.
+    """
+    if mpi_size() == 1 or _communicator().Get_rank() == 0:
+        return False
+    from mpi4py.futures import MPICommExecutor
+
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    with MPICommExecutor(_communicator(), root=0):
+        pass
+    return True
+
+
+def _communicator() -> Any:
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:
+        raise ValueError(
+            f"this process was started as a rank of an MPI job, but MPI cannot be loaded: {error}; load your site's "
+            "MPI module, or pip install 'bge-icl-train[mpi]'"
+        ) from error
+    return MPI.COMM_WORLD
+
+
 @contextmanager
 def open_pool(processes: int) -> Iterator[Executor | None]:
-    """A pool of fresh processes; None for one process: tasks then run in this one."""
+    """Fresh processes, or the other ranks of an MPI job; None for one process: tasks then run in this one."""
     if processes < 1:
         raise ValueError(f"--processes {processes} must be at least 1")
+    # One thread a process: the processes are the parallelism.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    if mpi_size() > 1:
+        from mpi4py.futures import MPICommExecutor
+
+        with MPICommExecutor(_communicator(), root=0) as ranks:
+            assert isinstance(ranks, Executor), "only the first rank comes here"
+            yield ranks
+        return
     if processes == 1:
         yield None
         return
@@ -71,4 +138,7 @@ def run_tasks(
                 "a process died, mostly because memory ran out; run the same command again with fewer --processes: "
                 "what is finished is kept"
             ) from error
+        finally:
+            for future in waiting:
+                future.cancel()
     return results

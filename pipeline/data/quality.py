@@ -3,37 +3,44 @@
 import json
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from pipeline.data.raw import column_matches
+from pipeline.data.sources import Source
 from pipeline.files import write_text
+from pipeline.settings import ColumnSettings
 
 _SHOWN = 5
 
 
-def bad_rows(file_name: str, units: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """{file, line, reason, start} of every quarantined row, in the order of the file."""
-    found, first_line = [], 0
+def bad_rows(source: Source, units: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """{file, line, reason, start} of every quarantined row, in the order of the files; lines count in each file."""
+    found, first_line, file = [], 0, 0
     for unit in units:
+        if unit["file"] != file:
+            file, first_line = unit["file"], 0
         for row in unit["quarantine"]:
-            found.append({"file": file_name, **row, "line": first_line + row["line"]})
+            found.append({"file": source.files[file].name, **row, "line": first_line + row["line"]})
         first_line += unit["num_lines"]
     return found
 
 
-def write_quarantine(path: Path, sources: Sequence[tuple[str, Sequence[dict[str, Any]]]]) -> int:
-    """Write the bad rows of all sources (file name, unit reports) as JSON lines; returns how many."""
-    rows = [row for name, units in sources for row in bad_rows(name, units)]
+def write_quarantine(path: Path, sources: Sequence[tuple[Source, Sequence[dict[str, Any]]]]) -> int:
+    """Write the bad rows of all sources (with their unit reports) as JSON lines; returns how many."""
+    rows = [row for source, units in sources for row in bad_rows(source, units)]
     write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     return len(rows)
 
 
-def require_usable(name: str, path: Path, units: Sequence[dict[str, Any]], max_bad_share: float) -> None:
-    """ValueError if too many rows are bad, no row is good, or rows are of different types."""
-    good, bad = sum(unit["num_rows"] for unit in units), bad_rows(path.name, units)
-    what = f"dataset {name!r} ({path})"
+def require_usable(source: Source, units: Sequence[dict[str, Any]], max_bad_share: float) -> None:
+    """ValueError if too many rows are bad, no row is good, rows are of different types, or a column is nowhere."""
+    good, bad = sum(unit["num_rows"] for unit in units), bad_rows(source, units)
+    what = f"dataset {source.dataset.name!r} ({source.place})"
     if not good and not bad:
-        raise ValueError(f"{what} has no rows, only blank lines")
+        raise ValueError(f"{what} has no rows" + (", only blank lines" if units else ""))
+    _require_columns_read(source, what, units)
     share = len(bad) / (good + len(bad))
     if share > max_bad_share or not good:
         reasons = Counter(row["reason"] for row in bad)
@@ -54,3 +61,17 @@ def require_usable(name: str, path: Path, units: Sequence[dict[str, Any]], max_b
             f"{what} holds rows of different types: {counted}; a dataset has one type: split the file, or set the "
             "dataset's type to quarantine the others"
         )
+
+
+def _require_columns_read(source: Source, what: str, units: Sequence[dict[str, Any]]) -> None:
+    """Every column that the recipe names stands in some row: a misspelt one would be missing without a sign."""
+    if source.dataset.columns == ColumnSettings():
+        return
+    read = {name for unit in units for name in unit["columns_read"]}
+    there = list(dict.fromkeys(name for unit in units for name in unit["columns"]))
+    for field, names in asdict(source.dataset.columns).items():
+        for name in names or ():
+            if not any(column_matches(column, name) for column in read):
+                raise ValueError(
+                    f"{what}: columns.{field} names {name!r}, which no row has; the first rows have: {', '.join(there)}"
+                )

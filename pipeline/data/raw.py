@@ -1,91 +1,58 @@
-"""Raw rows: JSONL files cut into blocks of whole lines, and the rules that a row must meet.
+"""The rules that a raw row must meet, whatever file it comes from, and the columns that it is read from."""
 
-Blocks have a fixed size whatever the number of processes, so everything made from them is the same on any machine.
-"""
-
-import gzip
 import json
-import zlib
-from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from fnmatch import fnmatchcase
+from functools import lru_cache
 from typing import Any
 
 from pipeline.datatypes import TASK_TYPES, RawRecord
+from pipeline.settings import ColumnSettings
 
-BLOCK_BYTES = 8 << 20
+FIELDS = tuple(f.name for f in fields(ColumnSettings))
+MAX_LINE_BYTES = 256 << 20  # a file without newlines must not fill the memory
+_LISTS = ("pos", "neg", "pos_scores", "neg_scores")
 _MAX_SCORE = 3.4e38
+_OWN_NAMES = ColumnSettings()
 
 
 @dataclass(frozen=True)
-class Block:
-    """Whole lines of a file: those that start in bytes start .. stop - 1, or the lines themselves (of a .gz file)."""
+class RowRules:
+    """What the recipe says about the rows of a dataset."""
 
-    path: str
-    start: int
-    stop: int
-    data: bytes | None = None
-
-
-def is_gzip(path: str | Path) -> bool:
-    return str(path).endswith(".gz")
+    type: str = ""  # for all rows ("": what the row says, else "normal")
+    instruction: str = ""  # of rows without `prompt`
+    columns: ColumnSettings = _OWN_NAMES
 
 
-def iter_blocks(path: str | Path, block_bytes: int = BLOCK_BYTES) -> Iterator[Block]:
-    """Cut a file into blocks; ValueError for a .gz file that cannot be decompressed."""
-    if not is_gzip(path):
-        size = Path(path).stat().st_size
-        for start in range(0, size, block_bytes):
-            yield Block(str(path), start, min(start + block_bytes, size))
-        return
-    start = 0
-    try:
-        with gzip.open(path, "rb") as stream:
-            while data := stream.read(block_bytes):
-                if not data.endswith(b"\n"):
-                    data += stream.readline()
-                yield Block(str(path), start, start + len(data), data)
-                start += len(data)
-    except (EOFError, OSError, zlib.error) as error:
-        raise ValueError(f"{path} is not a whole gzip file: {error}; copy or compress it again") from error
+def parse_row(line: bytes, rules: RowRules = RowRules()) -> RawRecord | str:
+    """A line of JSON as a valid row, or the reason why it is none."""
+    row = parse_line(line)
+    return row if isinstance(row, str) else check_row(row, rules, b"\\u" in line)
 
 
-def read_block(block: Block) -> bytes:
-    """The lines of a block."""
-    if block.data is not None:
-        return block.data
-    with open(block.path, "rb") as file:
-        begin = block.start
-        if begin > 0:
-            file.seek(begin - 1)
-            begin += len(file.readline()) - 1
-        if begin >= block.stop:
-            return b""
-        data = file.read(block.stop - begin)
-        return data if data.endswith(b"\n") else data + file.readline()
-
-
-def split_lines(data: bytes) -> list[bytes]:
-    """Lines without their newline; a newline at the end does not begin another line."""
-    lines = data.split(b"\n")
-    return lines[:-1] if not lines[-1] else lines
-
-
-def parse_row(line: bytes, dataset_type: str = "", dataset_instruction: str = "") -> RawRecord | str:
-    """A line as a valid row, or the reason why it is none.
-
-    Args:
-        dataset_type: type set for the whole dataset ("": what the row says, else "normal").
-        dataset_instruction: of rows without `prompt`.
-    """
+def parse_line(line: bytes) -> dict[str, Any] | str:
+    """A line as a JSON object, or the reason why it is none."""
+    if len(line) > MAX_LINE_BYTES:
+        return f"a line of more than {MAX_LINE_BYTES >> 20} MiB"
     try:
         row = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError:
         return "not UTF-8"
     except (ValueError, RecursionError):
         return "not JSON"
-    if not isinstance(row, dict):
-        return f"not an object but {_kind(row)}"
+    return row if isinstance(row, dict) else f"not an object but {_kind(row)}"
+
+
+def check_row(row: dict[str, Any], rules: RowRules, escaped: bool = False) -> RawRecord | str:
+    """The fields of a row as a valid record, or the reason why it is none.
+
+    Args:
+        escaped: the row comes from JSON with \\u escapes, which can write half a character.
+    """
+    if rules.columns is not _OWN_NAMES and rules.columns != _OWN_NAMES:
+        row = map_columns(row, rules.columns)
     query, pos, neg = _text(row, "query"), _texts(row, "pos"), _texts(row, "neg")
     if isinstance(query, _Fault):
         return query.reason
@@ -100,11 +67,11 @@ def parse_row(line: bytes, dataset_type: str = "", dataset_instruction: str = ""
         return scores.reason
     task_type = row.get("type")
     if task_type is None or task_type == "":
-        task_type = dataset_type or "normal"
+        task_type = rules.type or "normal"
     if not isinstance(task_type, str) or task_type not in TASK_TYPES:
         return f"unknown type {str(task_type)[:40]!r} (known: {', '.join(TASK_TYPES)})"
-    if dataset_type and task_type != dataset_type:
-        return f"type {task_type!r} contradicts the dataset's type {dataset_type!r}"
+    if rules.type and task_type != rules.type:
+        return f"type {task_type!r} contradicts the dataset's type {rules.type!r}"
     category: str | None = None
     if task_type == "symmetric_clustering":
         found = _text(row, "category")
@@ -114,10 +81,63 @@ def parse_row(line: bytes, dataset_type: str = "", dataset_instruction: str = ""
     prompt = row.get("prompt")
     if prompt is not None and not isinstance(prompt, str):
         return f"prompt is not a string but {_kind(prompt)}"
-    instruction = (prompt or "").strip() or dataset_instruction.strip()
-    if b"\\u" in line and not _encodable(query, *pos, *neg, instruction, category or ""):
+    instruction = (prompt or "").strip() or rules.instruction.strip()
+    if escaped and not _encodable(query, *pos, *neg, instruction, category or ""):
         return "a lone surrogate (half a character) in a text"
-    return RawRecord(query, pos, neg, scores[0], scores[1], instruction, category, task_type)
+    nearest = row.get("nearest") or []
+    if not isinstance(nearest, list) or not all(type(line) is int and line > 0 for line in nearest):
+        return "nearest is not a list of line numbers"
+    return RawRecord(query, pos, neg, scores[0], scores[1], instruction, category, task_type, tuple(nearest))
+
+
+# Columns.
+
+
+@lru_cache(maxsize=256)
+def find_columns(columns: ColumnSettings, present: tuple[str, ...]) -> Mapping[str, tuple[str, ...]]:
+    """Field -> the columns among `present` that it is read from, in the order of the recipe; `*` as they stand."""
+    found = {}
+    for field in FIELDS:
+        named = getattr(columns, field)
+        patterns = (field,) if named == () else named or ()
+        matches = [[name for name in present if column_matches(name, pattern)] for pattern in patterns]
+        found[field] = tuple(dict.fromkeys(name for some in matches for name in some))
+    return found
+
+
+def column_matches(name: str, pattern: str) -> bool:
+    """Whether a column is the one, or one of those, that a recipe names."""
+    # Only the star means something: brackets may be part of a name.
+    return name == pattern or ("*" in pattern and fnmatchcase(name, pattern.replace("[", "[[]").replace("?", "[?]")))
+
+
+def require_columns(columns: ColumnSettings, present: Sequence[str], where: str) -> None:
+    """ValueError, naming the columns there are, if one that the recipe names or every row needs is not among them."""
+    there = ", ".join(present[:30]) + (f" and {len(present) - 30} more" if len(present) > 30 else "")
+    for field in FIELDS:
+        for pattern in getattr(columns, field) or ():
+            if not any(column_matches(name, pattern) for name in present):
+                raise ValueError(
+                    f"{where}: columns.{field} names {pattern!r}, which does not exist; there are: {there}"
+                )
+    for field in ("query", "pos"):
+        if not find_columns(columns, tuple(present))[field]:
+            raise ValueError(
+                f"{where}: no column {field!r}; name the one to read as columns.{field}; there are: {there}"
+            )
+
+
+def map_columns(row: dict[str, Any], columns: ColumnSettings) -> dict[str, Any]:
+    """The row with the names of the fields; several columns of a field join to one list, without what is null."""
+    mapped: dict[str, Any] = {}
+    for field, names in find_columns(columns, tuple(row)).items():
+        if field not in _LISTS or len(names) < 2:
+            mapped[field] = row[names[0]] if names else None
+            continue
+        values = [row[name] for name in names if row[name] is not None]
+        joined = [item for value in values for item in (value if isinstance(value, list) else [value])]
+        mapped[field] = joined if values else None
+    return mapped
 
 
 @dataclass(frozen=True)
@@ -127,7 +147,8 @@ class _Fault:
 
 def _kind(value: Any) -> str:
     names = {"NoneType": "null", "str": "a string", "list": "a list", "dict": "an object", "bool": "true or false"}
-    return names.get(type(value).__name__, "a number")
+    names |= {"int": "a number", "float": "a number"}
+    return names.get(type(value).__name__, type(value).__name__)
 
 
 def _text(row: dict[str, Any], key: str) -> str | _Fault:
@@ -144,6 +165,8 @@ def _texts(row: dict[str, Any], key: str) -> tuple[str, ...] | _Fault:
     values = row.get(key)
     if values is None:
         return ()
+    if isinstance(values, str):  # one text may stand without its list
+        values = [values]
     if not isinstance(values, list):
         return _Fault(f"{key} is not a list but {_kind(values)}")
     for value in values:
@@ -167,6 +190,8 @@ def _scores(row: dict[str, Any], num_pos: int, num_neg: int) -> tuple[Scores, Sc
             values = []
         if values is None:
             return _Fault(f"{key} is missing where the other scores are given")
+        if isinstance(values, (int, float)) and not isinstance(values, bool):
+            values = [values]
         if not isinstance(values, list) or len(values) != wanted:
             length = f"{len(values)} values" if isinstance(values, list) else _kind(values)
             return _Fault(f"{key} holds {length} for {wanted} texts")

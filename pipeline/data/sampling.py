@@ -14,7 +14,15 @@ import numpy as np
 
 from pipeline.data.bucketing import batch_rows
 from pipeline.data.composing import example_lengths, query_lengths
-from pipeline.data.examples import Pairs, draw_entries, make_pairs, show_fixed, show_from_batch, show_from_dataset
+from pipeline.data.examples import (
+    Pairs,
+    draw_entries,
+    make_pairs,
+    show_fixed,
+    show_from_batch,
+    show_from_dataset,
+    show_nearest,
+)
 from pipeline.data.permutation import mix_key, permute
 from pipeline.data.schedule import (
     NUM_FIXED_EXAMPLES,
@@ -171,6 +179,8 @@ def _examples(
     wanted_B = rng.integers(0, settings.max_examples + 1, len(batch.row))
     if settings.mode == "pool":
         offsets, shown = show_from_dataset(table, rule, batch, wanted_B, rng)
+    elif settings.mode == "nearest":
+        offsets, shown = show_nearest(table, rule, batch, wanted_B, rng)
     else:
         offsets, shown = show_from_batch(rule, batch, wanted_B, rng)
     return offsets, shown, int(wanted_B.sum()) - len(shown.row)

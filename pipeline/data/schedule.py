@@ -5,7 +5,7 @@ A schedule holds a few numbers a dataset and nothing that grows with rows or wit
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,6 +19,7 @@ from pipeline.settings import DatasetSettings, ExampleSettings, Settings
 if TYPE_CHECKING:
     from pipeline.data.store import DatasetTable, TokenStore
 
+MINE = "python pipeline/mine_negatives.py --config RECIPE.yaml --embedder MODEL --out DIR"
 NUM_FIXED_EXAMPLES = 3  # the paper's ablation: three a task, the same for every query
 
 _FIXED = 101  # purpose of a key; those of the steps stand in sampling.py
@@ -130,20 +131,26 @@ def check_world_size(schedule: Schedule, world_size: int) -> None:
 
 
 def _match_datasets(store: TokenStore, settings: Settings) -> dict[str, DatasetSettings]:
-    wanted = {d.name: d for d in settings.data.datasets}
-    stored = {table.name: table for table in store.datasets}
+    """The recipe's entry for every dataset of the store. Raw files are not looked for: training may not have them."""
+    entries = {d.name: d for d in settings.data.datasets}
+    stored = {table.entry for table in store.datasets}
     rebuild = "run preprocessing with this recipe, or name the store that belongs to it in data.store"
-    if not wanted or set(wanted) != set(stored):
+    if not entries or set(entries) != stored:
         raise ValueError(
-            f"data.datasets and the store {store.path} differ: only in the recipe {sorted(set(wanted) - set(stored))}, "
-            f"only in the store {sorted(set(stored) - set(wanted))}; {rebuild}"
+            f"data.datasets and the store {store.path} differ: only in the recipe {sorted(set(entries) - stored)}, "
+            f"only in the store {sorted(stored - set(entries))}; {rebuild}"
         )
-    for name, table in stored.items():
-        if wanted[name].type and wanted[name].type != table.task_type:
+    wanted = {}
+    for table in store.datasets:
+        entry = entries[table.entry]
+        if entry.type and entry.type != table.task_type:
             raise ValueError(
-                f"dataset {name!r} is of type {wanted[name].type!r} in the recipe and {table.task_type!r} in the store "
+                f"dataset {table.name!r} is of type {entry.type!r} in the recipe and {table.task_type!r} in the store "
                 f"{store.path}; {rebuild}"
             )
+        if table.no_in_batch_neg and entry.in_batch_negatives is None:
+            entry = replace(entry, in_batch_negatives=False)
+        wanted[table.name] = entry
     return wanted
 
 
@@ -208,6 +215,8 @@ def _require_examples(
         raise ValueError(f"dataset {table.name!r} has one row, so no other row can be its example; {remedy}")
     if examples.mode in ("in_batch", "filler") and dataset.num_queries < 2:
         raise ValueError(f"dataset {table.name!r} has batches of one query, so none can show another; {remedy}")
+    if examples.mode == "nearest":
+        _require_nearest(table)
     # Most datasets show in their first block that something fits.
     query_min, example_min, infinite = 1 << 60, 1 << 60, 1 << 60
     for start in range(0, table.num_rows, _BLOCK_ROWS):
@@ -224,6 +233,14 @@ def _require_examples(
         f"query {query_min}, preprocess.max_prompt_tokens={limits.max_prompt_tokens}; raise the limit, or set "
         "batch.examples.mode=none"
     )
+
+
+def _require_nearest(table: DatasetTable) -> None:
+    if table.nearest_row is None or len(table.nearest_row) == 0:
+        raise ValueError(
+            f"dataset {table.name!r} has no neighbours for batch.examples.mode=nearest: no row names any in `nearest`. "
+            f"{MINE} finds them; preprocess the rows that it writes, or set another mode"
+        )
 
 
 def _shortest_example(

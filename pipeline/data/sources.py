@@ -1,10 +1,13 @@
-"""Raw files of a recipe, and the identity of the store that they make."""
+"""The raw files of a recipe by dataset, and the identity of the store that they make."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from pipeline.data.blocks import FileState, RawFile, iter_blocks
+from pipeline.data.raw import RowRules
 from pipeline.data.store import FORMAT_VERSION, MANIFEST, Manifest, limits_dict, open_store, read_manifest
 from pipeline.data.tokenizing import PromptTokenizer
 from pipeline.datatypes import RULES
@@ -13,30 +16,61 @@ from pipeline.settings import DatasetSettings, Settings
 
 @dataclass(frozen=True)
 class Source:
-    """One raw file and the dataset it belongs to."""
+    """One dataset of the store: its files in order, and the entry of the recipe that it comes from."""
 
-    dataset: DatasetSettings
-    path: Path
-    num_bytes: int
-    sha256: str
+    dataset: DatasetSettings  # the entry under the dataset's own name
+    entry: str  # name of the entry
+    no_in_batch_neg: bool  # a name says that rows are no negatives for each other
+    place: str  # for messages
+    files: tuple[RawFile, ...]
+
+    @property
+    def rules(self) -> RowRules:
+        return RowRules(self.dataset.type, self.dataset.instruction, self.dataset.columns)
 
     @property
     def record(self) -> dict[str, Any]:
-        """What the manifest keeps: no folder, so a store is the same wherever the raw file lay."""
-        return {"name": self.path.name, "bytes": self.num_bytes, "sha256": self.sha256}
+        """What the manifest keeps: all that training needs to find the entry, and no folder of this machine."""
+        files: list[dict[str, Any]] = []
+        for file in self.files:
+            files += [
+                {"name": _part_name(file, part), "bytes": part.num_bytes, "sha256": part.sha256} for part in file.parts
+            ] or [{"name": file.name, "bytes": 0, "sha256": ""}]  # streamed: its commit stands in the name
+        digests = [file["sha256"] for file in files]
+        return {
+            "name": files[0]["name"] if len(files) == 1 else f"{len(files)} files",
+            "bytes": sum(file["bytes"] for file in files),
+            "sha256": digests[0] if len(files) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest(),
+            "files": files,
+            "entry": self.entry,
+            "no_in_batch_neg": self.no_in_batch_neg,
+        }
 
 
-def find_source(settings: Settings, dataset: DatasetSettings) -> Path:
-    """The raw file of a dataset; ValueError if it is not there, empty or of an unknown form."""
-    path = Path(settings.data.root) / dataset.path
-    where = f"dataset {dataset.name!r}: {path}"
-    if not path.is_file():
-        raise ValueError(f"{where}: no such file; check data.root and the dataset's path")
-    if not path.name.endswith((".jsonl", ".jsonl.gz", ".json", ".json.gz")):
-        raise ValueError(f"{where}: only .jsonl and .jsonl.gz files are read; convert it to one row of JSON a line")
-    if path.stat().st_size == 0:
-        raise ValueError(f"{where}: the file is empty")
-    return path
+def _part_name(file: RawFile, part: FileState) -> str:
+    return file.name if len(file.parts) == 1 else f"{file.name}/{Path(part.path).name}"
+
+
+def with_checksums(sources: Sequence[Source], states: Mapping[str, FileState]) -> tuple[Source, ...]:
+    """Sources with the states that hold the checksums; ValueError if rows would stand twice in the mix."""
+    whole = tuple(
+        replace(s, files=tuple(replace(f, parts=tuple(states[part.path] for part in f.parts)) for f in s.files))
+        for s in sources
+    )
+    seen: dict[Any, tuple[str, str]] = {}
+    for source in whole:
+        for file in source.files:
+            # The same rows read by other columns are other rows.
+            key = (tuple(part.sha256 for part in file.parts) or (file.path, file.config, file.split), file.columns)
+            shown = (source.dataset.name, file.path)
+            if key in seen and any(iter_blocks(file)):  # empty files may be alike
+                other, path = seen[key]
+                raise ValueError(
+                    f"data.datasets: {path} of dataset {other!r} and {file.path} of dataset {source.dataset.name!r} "
+                    "hold the same bytes; every row would be trained twice: leave one out"
+                )
+            seen[key] = shown
+    return whole
 
 
 def raw_identity(sources: Sequence[Source], block_bytes: int, partition_bytes: int) -> dict[str, Any]:
@@ -48,10 +82,18 @@ def raw_identity(sources: Sequence[Source], block_bytes: int, partition_bytes: i
     }
     for source in sources:
         name = f"datasets.{source.dataset.name}"
+        identity[f"{name}.entry"] = source.entry
         identity[f"{name}.type"] = source.dataset.type
         identity[f"{name}.instruction"] = source.dataset.instruction
-        identity[f"{name}.file"] = source.path.name
-        identity[f"{name}.sha256"] = source.sha256
+        identity[f"{name}.columns"] = {
+            key: None if names is None else list(names)
+            for key, names in asdict(source.dataset.columns).items()
+            if names != ()
+        }
+        identity[f"{name}.no_in_batch_neg"] = source.no_in_batch_neg
+        identity[f"{name}.files"] = [
+            [_part_name(file, part), part.sha256] for file in source.files for part in file.parts
+        ] or [[file.name, file.config, file.split] for file in source.files]
     return identity
 
 

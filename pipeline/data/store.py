@@ -2,10 +2,10 @@
 
     manifest.json          what the store is made of and for; checksums of all other files
     texts-00000.arrow ...  hash, text and pieces; text ids count through the shards in order
-    rows-<dataset>.arrow   rows of one dataset, contiguous by length bucket
+    rows-<dataset>.safetensors   rows of one dataset as columns of numbers, contiguous by length bucket
     quarantine.jsonl       rows that could not be used: {file, line, reason, start}
 
-Files are Arrow IPC with one record batch each, read through memory maps: opening a store reads no rows.
+Text files are Arrow IPC with one record batch each. All are read through memory maps: opening a store reads no rows.
 """
 
 import hashlib
@@ -19,13 +19,14 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from pipeline.data.columns import open_columns
 from pipeline.data.pieces import KINDS
 from pipeline.data.tokenizing import PromptTokens, tokens_from_json, tokens_to_json
 from pipeline.files import file_sha256
 from pipeline.prompts import get_template
 from pipeline.settings import PreprocessSettings, Settings
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 REBUILD = "python pipeline/preprocess.py --config RECIPE.yaml --overwrite"
 LIMIT_NAMES = (
@@ -53,7 +54,9 @@ class DatasetEntry:
 
     name: str
     task_type: str
-    source: dict[str, Any]  # name (without folder), bytes, sha256 of the raw file
+    # files: name (without the folder of the machine), bytes and sha256 of each raw file; name, bytes and sha256 of all
+    # together; entry: name of the recipe's entry; no_in_batch_neg: a file or folder is named so.
+    source: dict[str, Any]
     instruction: str  # of rows without their own
     group_size: int  # that the length key reckons with
     counts: dict[str, int]
@@ -106,7 +109,12 @@ class DatasetTable:
     neg_score: np.ndarray | None
     length_N: np.ndarray  # int32: zero-shot query + longest positive + expected negatives, in tokens
     bucket_offsets: np.ndarray  # int64: bucket j holds rows bucket_offsets[j] : bucket_offsets[j + 1]
-    source_line_N: np.ndarray  # int64, 1-based line in the raw file
+    source_line_N: np.ndarray  # int64, 1-based line (or row) counted through the raw files in order
+    entry: str  # the recipe's entry that it comes from: of a folder many datasets come
+    no_in_batch_neg: bool  # the name of a raw file or folder says that its rows are no negatives for each other
+    # Found by mining, best first: those of row n are nearest_row[nearest_offsets[n] : nearest_offsets[n + 1]].
+    nearest_offsets: np.ndarray | None  # int64, N + 1; None: the raw rows name no neighbours
+    nearest_row: np.ndarray | None  # int64, row numbers inside the dataset
 
 
 @dataclass(frozen=True)
@@ -155,9 +163,10 @@ class TokenStore:
         """int64 lengths of the stored pieces of these texts."""
         text_ids = np.asarray(text_ids, dtype=np.int64)
         lengths = np.empty(len(text_ids), dtype=np.int64)
-        shard_of = np.searchsorted(self.shard_starts, text_ids, side="right") - 1
-        for s in np.unique(shard_of).tolist():
-            here = shard_of == s
+        order = np.argsort(text_ids, kind="stable")
+        edges = np.searchsorted(text_ids[order], self.shard_starts)
+        for s in np.flatnonzero(np.diff(edges)).tolist():
+            here = order[edges[s] : edges[s + 1]]
             index, offsets = text_ids[here] - self.shard_starts[s], self.shards[s].offsets[kind]
             lengths[here] = offsets[index + 1] - offsets[index]
         assert lengths.all(), f"a text is not stored as {kind}"
@@ -195,7 +204,7 @@ def open_store(path: str | Path, verify: bool = True) -> TokenStore:
     _check_files(path, manifest.files, read_all=verify)
     shards = tuple(_open_shard(path / file.name) for file in manifest.text_files)
     datasets = tuple(
-        _open_table(path / file.name, entry) for file, entry in zip(manifest.row_files, manifest.datasets, strict=True)
+        open_table(path / file.name, entry) for file, entry in zip(manifest.row_files, manifest.datasets, strict=True)
     )
     starts = np.cumsum([0, *[file.num_items for file in manifest.text_files]], dtype=np.int64)
     return TokenStore(path, manifest, datasets, shards, starts)
@@ -239,9 +248,9 @@ def require_match(store: TokenStore, settings: Settings, fingerprint: str) -> No
     pairs["preprocess.bucket_edges"] = (tuple(manifest.bucket_edges), tuple(wanted.bucket_edges))
     instructions = {d.name: d.instruction for d in settings.data.datasets}
     pairs |= {
-        f"instruction of dataset {d.name}": (d.instruction, instructions[d.name])
+        f"instruction of dataset {d.name}": (d.instruction, instructions[d.source["entry"]])
         for d in manifest.datasets
-        if d.name in instructions
+        if d.source["entry"] in instructions
     }
     differing = [f"  {name}: store {a}, recipe {b}" for name, (a, b) in pairs.items() if a != b]
     if differing:
@@ -330,28 +339,30 @@ def hashes_as_numpy(column: pa.FixedSizeBinaryArray) -> np.ndarray:
     return raw[column.offset : column.offset + len(column)]
 
 
-def _open_table(path: Path, entry: DatasetEntry) -> DatasetTable:
-    batch = read_batch(path)
-    names = set(batch.schema.names)
-    pos, neg = batch.column("pos_text"), batch.column("neg_text")
-
-    def scores(name: str) -> np.ndarray | None:
-        return batch.column(name).values.to_numpy() if name in names else None
-
-    return DatasetTable(
-        name=entry.name,
-        task_type=entry.task_type,
-        num_rows=batch.num_rows,
-        query_text_N=batch.column("query_text").to_numpy(),
-        instruction_N=batch.column("instruction").to_numpy(),
-        category_text_N=batch.column("category_text").to_numpy(),
-        pos_offsets=pos.offsets.to_numpy(),
-        pos_text=pos.values.to_numpy(),
-        pos_score=scores("pos_score"),
-        neg_offsets=neg.offsets.to_numpy(),
-        neg_text=neg.values.to_numpy(),
-        neg_score=scores("neg_score"),
-        length_N=batch.column("length").to_numpy(),
-        bucket_offsets=np.array(entry.bucket_offsets, dtype=np.int64),
-        source_line_N=batch.column("source_line").to_numpy(),
-    )
+def open_table(path: Path, entry: DatasetEntry) -> DatasetTable:
+    """The rows of one dataset as views of the mapped file; ValueError if it is not such a file."""
+    try:
+        columns = open_columns(path)
+        return DatasetTable(
+            name=entry.name,
+            task_type=entry.task_type,
+            num_rows=len(columns["query_text"]),
+            query_text_N=columns["query_text"],
+            instruction_N=columns["instruction"],
+            category_text_N=columns["category_text"],
+            pos_offsets=columns["pos_offsets"],
+            pos_text=columns["pos_text"],
+            pos_score=columns.get("pos_score"),
+            neg_offsets=columns["neg_offsets"],
+            neg_text=columns["neg_text"],
+            neg_score=columns.get("neg_score"),
+            length_N=columns["length"],
+            bucket_offsets=np.array(entry.bucket_offsets, dtype=np.int64),
+            source_line_N=columns["source_line"],
+            entry=entry.source["entry"],
+            no_in_batch_neg=entry.source["no_in_batch_neg"],
+            nearest_offsets=columns.get("nearest_offsets"),
+            nearest_row=columns.get("nearest_row"),
+        )
+    except (ValueError, KeyError) as error:
+        raise ValueError(f"{error}; rebuild the store: {REBUILD}") from error

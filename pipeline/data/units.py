@@ -1,4 +1,4 @@
-"""Stage A of preprocessing: one block of raw lines becomes one unit, its rows and its distinct texts.
+"""Stage A of preprocessing: one block of raw rows becomes one unit, its rows and its distinct texts.
 
 <unit>.texts.arrow   hash, kinds, text; sorted by hash, one record batch per hash partition
 <unit>.rows.arrow    one batch of rows that refer to the unit's texts by their place
@@ -18,13 +18,17 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from pipeline.data.blocks import Block, read_rows
 from pipeline.data.pieces import KINDS
-from pipeline.data.raw import Block, parse_row, read_block, split_lines
+from pipeline.data.raw import RowRules, check_row, find_columns
 from pipeline.datatypes import RawRecord
 from pipeline.files import write_atomic, write_text
+from pipeline.settings import ColumnSettings
 
 QUERY, RESPONSE, PASSAGE = (1 << i for i in range(len(KINDS)))
 _START_CHARS = 200
+_SHOWN_COLUMNS = 30
+_OWN_NAMES = ColumnSettings()
 
 
 @dataclass(frozen=True)
@@ -33,9 +37,9 @@ class UnitTask:
 
     folder: str
     name: str
+    file: int  # which file of the dataset
     block: Block
-    dataset_type: str
-    dataset_instruction: str
+    rules: RowRules
     num_partitions: int
 
 
@@ -56,6 +60,8 @@ class _Rows:
     neg: list[int] = field(default_factory=list)
     pos_score: list[float] = field(default_factory=list)
     neg_score: list[float] = field(default_factory=list)
+    nearest_count: list[int] = field(default_factory=list)
+    nearest: list[int] = field(default_factory=list)
 
     def place(self, text: str, kind: int) -> int:
         i = self.texts.setdefault(text, len(self.kinds))
@@ -79,18 +85,23 @@ def build_unit(task: UnitTask) -> dict[str, Any]:
     """Write the files of a unit (each complete or absent) and return its report."""
     rows, types, scored = _Rows(), Counter[str](), False
     quarantine: list[dict[str, Any]] = []
-    lines = split_lines(read_block(task.block))
-    num_blank = 0
-    for number, line in enumerate(lines, 1):
-        if task.block.start == 0 and number == 1:
-            line = line.removeprefix(b"\xef\xbb\xbf")
-        if not line.strip():
+    columns: dict[str, None] = {}  # of the first row
+    read: set[str] = set()  # columns that fields were read from
+    number = num_blank = 0
+    for number, row in enumerate(read_rows(task.block), 1):
+        if row.values is None:
             num_blank += 1
             continue
-        record = parse_row(line, task.dataset_type, task.dataset_instruction)
+        record: RawRecord | str
+        if isinstance(row.values, str):
+            record = row.values
+        else:
+            columns = columns or dict.fromkeys(list(row.values)[:_SHOWN_COLUMNS])
+            if task.rules.columns != _OWN_NAMES:
+                read.update(*find_columns(task.rules.columns, tuple(row.values)).values())
+            record = check_row(row.values, task.rules, row.escaped)
         if isinstance(record, str):
-            start = line[: 4 * _START_CHARS].decode("utf-8", errors="replace").strip()[:_START_CHARS]
-            quarantine.append({"line": number, "reason": record, "start": start})
+            quarantine.append({"line": number, "reason": record, "start": _start_of(row.shown)})
             continue
         _add_row(rows, record, number)
         types[record.type] += 1
@@ -99,16 +110,27 @@ def build_unit(task: UnitTask) -> dict[str, Any]:
     place = _write_texts(base.with_name(f"{task.name}.texts.arrow"), rows, task.num_partitions)
     _write_rows(base.with_name(f"{task.name}.rows.arrow"), rows, place)
     report = {
-        "num_lines": len(lines),
+        "file": task.file,
+        "num_lines": number,
         "num_blank": num_blank,
         "num_rows": len(rows.query),
         "types": dict(sorted(types.items())),
         "scored": scored,
+        "nearest": bool(rows.nearest),
         "instructions": list(rows.instructions),
+        "columns": list(columns),
+        "columns_read": sorted(read),
         "quarantine": quarantine,
     }
     write_text(base.with_name(f"{task.name}.json"), json.dumps(report))
     return report
+
+
+def _start_of(shown: Any) -> str:
+    """The start of a bad row for people to recognise it."""
+    if isinstance(shown, bytes):
+        return shown[: 4 * _START_CHARS].decode("utf-8", errors="replace").strip()[:_START_CHARS]
+    return str(shown)[:_START_CHARS]
 
 
 def _add_row(rows: _Rows, record: RawRecord, number: int) -> None:
@@ -121,6 +143,8 @@ def _add_row(rows: _Rows, record: RawRecord, number: int) -> None:
     rows.neg_count.append(len(record.neg))
     rows.pos.extend([rows.place(text, pos_kind) for text in record.pos])
     rows.neg.extend([rows.place(text, neg_kind) for text in record.neg])
+    rows.nearest_count.append(len(record.nearest))
+    rows.nearest.extend(record.nearest)
     nan = float("nan")
     rows.pos_score.extend([nan] * len(record.pos) if record.pos_scores is None else record.pos_scores)
     rows.neg_score.extend([nan] * len(record.neg) if record.neg_scores is None else record.neg_scores)
@@ -172,6 +196,7 @@ def _write_rows(path: Path, rows: _Rows, place: np.ndarray) -> None:
         "neg": ragged(rows.neg_count, places(rows.neg)),
         "pos_score": ragged(rows.pos_count, np.array(rows.pos_score, dtype=np.float32)),
         "neg_score": ragged(rows.neg_count, np.array(rows.neg_score, dtype=np.float32)),
+        "nearest": ragged(rows.nearest_count, np.array(rows.nearest, dtype=np.int64)),
     }
     batch = pa.RecordBatch.from_arrays(list(columns.values()), list(columns))
     write_batches(path, [batch], batch.schema)

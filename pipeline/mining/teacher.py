@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from pipeline.data.tokenizing import tokenize_pieces
+from pipeline.mining.embedding import quiet_transformers
 
 if TYPE_CHECKING:
     from sentence_transformers.base.model import BaseModel
 
+    from pipeline.data.store import TokenStore
     from pipeline.inference.embedder import FewShotEmbedder
 
 Kind = Literal["cross_encoder", "sentence_transformer", "embedder"]
@@ -98,10 +100,30 @@ def load_teacher(path: Path, sigmoid: bool, batch_size: int | None) -> Teacher:
     return _load_sentence_transformer(path, batch_size or BATCH_SIZE)
 
 
+def load_judge(path: Path, store: "TokenStore", batch_size: int) -> Callable[[list[tuple[int, int]]], np.ndarray]:
+    """A cross-encoder's scores in 0..1 of (query, passage) pairs of text ids: float32 [N].
+
+    Raises:
+        ValueError: the folder holds no cross-encoder, or one whose scores are not finite.
+    """
+    teacher = load_teacher(path, True, batch_size)
+    assert isinstance(teacher, PairTeacher), "an embedder takes no sigmoid"
+
+    def judge(pairs: list[tuple[int, int]]) -> np.ndarray:
+        queries, passages = ([store.text(text) for text in side] for side in zip(*pairs, strict=True))
+        scores_N, _ = teacher.score(queries, passages)
+        if not np.isfinite(scores_N).all():
+            raise ValueError(f"--teacher {path} gives scores that are not finite; its weights are damaged")
+        return scores_N
+
+    return judge
+
+
 def _load_cross_encoder(path: Path, sigmoid: bool, batch_size: int) -> PairTeacher:
     import torch
     from sentence_transformers import CrossEncoder
 
+    quiet_transformers()
     model = CrossEncoder(str(path), local_files_only=True)
     if model.num_labels != 1:
         raise ValueError(f"--teacher {path} gives {model.num_labels} scores a pair; a teacher must give one")
@@ -118,6 +140,7 @@ def _load_cross_encoder(path: Path, sigmoid: bool, batch_size: int) -> PairTeach
 def _load_sentence_transformer(path: Path, batch_size: int) -> TextTeacher:
     from sentence_transformers import SentenceTransformer
 
+    quiet_transformers()
     model = SentenceTransformer(str(path), local_files_only=True)
     prompts = {True: _prompt(model, "query"), False: _prompt(model, "document", "passage", "corpus")}
 

@@ -59,6 +59,12 @@ def start_distributed(ranks: Ranks) -> None:
     deepspeed.init_distributed(dist_backend="nccl" if ranks.device.type == "cuda" else "gloo", verbose=False)
 
 
+def stop_distributed() -> None:
+    """Leave the process group together: a rank that ends while another still talks may be aborted by gloo's threads."""
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
 def read_deepspeed_json(path: str | Path) -> dict[str, Any]:
     """The JSON's contents; ValueError if it is missing, malformed or sets what the recipe owns."""
     path = Path(path)

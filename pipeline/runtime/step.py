@@ -116,7 +116,7 @@ def run_step(engine: Any, inputs: StepInputs, settings: Settings, ranks: Ranks) 
         local_SD = torch.cat(real) if real else cached[0][:0]
         all_SD = gather_embeddings(local_SD, inputs.sequences_of_rank, ranks).requires_grad_()
         query_BD, passage_PD = all_SD[inputs.rows], all_SD[plan.num_queries :]
-        # Embeddings stay fp32: exact products cost a millionth of a step, bf16 ones 0.3 % of the gradient.
+        # Embeddings stay fp32: the loss is a millionth of a step's arithmetic, and bf16 costs 0.3 % of the gradient.
         share = contrastive_loss(query_BD, passage_PD, inputs.targets, settings.loss, settings.model.embed_kernels)
         share.backward()
         assert all_SD.grad is not None

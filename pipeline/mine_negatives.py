@@ -1,0 +1,199 @@
+"""Mine hard negatives for the rows of a token store, and the nearest rows of each row.
+
+Every query searches the positives and negatives of its dataset, by an embedder or by BM25. From a window of ranks, what
+may answer the query after all is removed by rules that the report counts one by one, and negatives are drawn from the
+rest. DIR then holds one raw file a dataset (line i + 1 is row i of the store) for a next recipe with data.root=DIR, and
+report.md. An interrupted run goes on where it stopped; the result is the same bytes.
+"""
+
+import argparse
+import functools
+import importlib.util
+import logging
+import re
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from pipeline.data.store import DatasetTable, TokenStore, open_store
+from pipeline.mining.folder import locked, prepare_folder, require_own_folder
+from pipeline.mining.options import BM25, SHARD_TEXTS, MiningOptions, check_options
+from pipeline.settings import Settings, load_settings
+
+EPILOG = """examples:
+  python pipeline/mine_negatives.py --config recipe.yaml --embedder runs/first --out mined
+  python pipeline/mine_negatives.py --config recipe.yaml --embedder bm25 --out mined-bm25 --dataset nq --dataset fever
+  python pipeline/mine_negatives.py --config recipe.yaml --embedder models/e5 --out mined --window 30-100 --margin 0.1
+  python pipeline/mine_negatives.py --config recipe.yaml --embedder models/e5 --out mined --teacher models/reranker
+
+an embedder is a run (or its model/ folder), the folder of a sentence-transformers model, or bm25
+"""
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Command line of this entry."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    default = MiningOptions()
+    add, add_switch = parser.add_argument, functools.partial(parser.add_argument, action="store_true")
+    add_count = functools.partial(parser.add_argument, type=int, metavar="N")
+    add_limit = functools.partial(parser.add_argument, type=float, metavar="X")
+    add("--config", required=True, metavar="RECIPE.yaml", help="the recipe whose token store is mined")
+    add("--embedder", required=True, metavar="MODEL", help="a run, a sentence-transformers folder, or bm25")
+    add("--out", required=True, type=Path, metavar="DIR", help="new folder, or one of the same mining to go on in")
+    add("--dataset", action="append", metavar="NAME", help="only this one; may stand repeatedly (default: all)")
+    add("--window", default="10-200", metavar="FIRST-LAST", help="ranks that candidates come from (%(default)s)")
+    add_count("--num-negatives", default=default.num_negatives, help="negatives a row (%(default)s)")
+    add_limit("--max-score", help="remove candidates that score above this")
+    add_limit("--margin", help="remove candidates above the positive's score less this")
+    ratio_help = "remove candidates above this share of the positive's score, or none (0.95; none for bm25)"
+    add("--max-ratio", metavar="X", help=ratio_help)
+    add("--teacher", metavar="FOLDER", help="cross-encoder: remove candidates above --teacher-ratio of the positive's")
+    add_limit("--teacher-ratio", default=default.teacher_ratio, help="(%(default)s)")
+    corpus_help = "search the texts of the row's dataset, or of all datasets of its type (%(default)s)"
+    add("--corpus", choices=("dataset", "type"), default=default.corpus, help=corpus_help)
+    add_switch("--keep-negatives", help="add to the rows' negatives instead of replacing them")
+    add_count("--nearest", default=default.num_nearest, help="nearest rows to store, 0 for none (%(default)s)")
+    add_count("--seed", default=default.seed, help="of the drawing (%(default)s)")
+    add_count("--shard-texts", default=SHARD_TEXTS, help="embeddings searched at a time: memory (%(default)s)")
+    add_count("--batch-size", default=64, help="texts of a forward pass of sentence-transformers (%(default)s)")
+    add_switch("--overwrite", help="replace what was mined with other options or another embedder")
+    add("overrides", nargs="*", metavar="key=value", help="settings on top of the recipe")
+    return parser.parse_intermixed_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Mine a recipe's datasets; exit code 2 and one message for what the user can mend."""
+    args = parse_arguments(argv)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("pipeline").setLevel(logging.INFO)
+    logging.getLogger("bm25s").setLevel(logging.WARNING)  # it sets a level of its own
+    try:
+        options = read_options(args)
+        settings = load_settings(args.config, args.overrides)
+        require_packages(args.embedder, args.teacher)
+        require_own_folder(args.out)
+        store = open_store(settings.data.store)
+        tables = choose_datasets(store, settings, args.dataset)
+        with locked(args.out):
+            mine(args, options, store, tables)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+    return 0
+
+
+def read_options(args: argparse.Namespace) -> MiningOptions:
+    """The options of the command line, checked."""
+    window = re.fullmatch(r"(\d+)-(\d+)", args.window.strip())
+    if window is None:
+        raise ValueError(f"--window {args.window} must be two ranks, for example 10-200")
+    ratio = args.max_ratio
+    if ratio is None:
+        # BM25's score of a positive can be 0, which no candidate would pass.
+        ratio = "none" if args.embedder == BM25 else "0.95"
+    try:
+        max_ratio = None if ratio == "none" else float(ratio)
+    except ValueError as error:
+        raise ValueError(f"--max-ratio {ratio} must be a number, or none") from error
+    options = MiningOptions(
+        first_rank=int(window[1]),
+        last_rank=int(window[2]),
+        num_negatives=args.num_negatives,
+        max_score=args.max_score,
+        margin=args.margin,
+        max_ratio=max_ratio,
+        teacher=args.teacher,
+        teacher_ratio=args.teacher_ratio,
+        corpus=args.corpus,
+        keep_negatives=args.keep_negatives,
+        num_nearest=args.nearest,
+        seed=args.seed,
+    )
+    check_options(options, args.embedder)
+    for name, value in (("--shard-texts", args.shard_texts), ("--batch-size", args.batch_size)):
+        if value < 1:
+            raise ValueError(f"{name} {value} must be at least 1")
+    return options
+
+
+def require_packages(embedder: str, teacher: str | None) -> None:
+    """ValueError if a package that this run needs is not installed."""
+    needed = {"bm25s"} if embedder == BM25 else {"faiss", "sentence_transformers"}
+    needed |= {"sentence_transformers"} if teacher is not None else set()
+    missing = sorted(name for name in needed if importlib.util.find_spec(name) is None)
+    if missing:
+        raise ValueError(f"{', '.join(missing)} not installed; pip install 'bge-icl-train[mining]'")
+
+
+def choose_datasets(store: TokenStore, settings: Settings, names: Sequence[str] | None) -> list[DatasetTable]:
+    """The tables of the datasets asked for, in the order of the store; ValueError names one that is not there."""
+    known = [dataset.name for dataset in settings.data.datasets]
+    stored = [table.name for table in store.datasets]
+    for name in names or ():
+        if name not in known and name not in stored:
+            raise ValueError(f"--dataset {name} is not in the recipe; it has {', '.join(known)}")
+    wanted = names or known
+    found = [table for table in store.datasets if table.name in wanted or table.entry in wanted]
+    for name in wanted:
+        if not any(name in (table.name, table.entry) for table in found):
+            raise ValueError(
+                f"dataset {name!r} is not in the store {store.path}, which has {', '.join(stored)}; preprocess the "
+                "recipe first"
+            )
+    return found
+
+
+def mine(args: argparse.Namespace, options: MiningOptions, store: TokenStore, tables: Sequence[DatasetTable]) -> None:
+    """Mine the datasets one by one, then write the report over all that the folder holds."""
+    # Loading these takes a second or more; wrong arguments should not have to wait for it.
+    from pipeline.mining.dataset import MiningRun, finished_reports, mine_dataset
+    from pipeline.mining.embedding import is_own_model, load_text_encoder, model_folder
+    from pipeline.mining.folder import embedding_record, option_record
+    from pipeline.mining.report import summary_table, write_reports
+    from pipeline.mining.teacher import find_kind, load_judge
+
+    words = args.embedder == BM25
+    folder = Path(BM25) if words else model_folder(args.embedder)
+    if options.teacher is not None and (kind := find_kind(Path(options.teacher))) != "cross_encoder":
+        raise ValueError(f"--teacher {options.teacher} holds a {kind}; candidates are judged by a cross-encoder")
+    start = time.monotonic()
+    record = embedding_record(None if words else folder, store.path)
+    prepare_folder(args.out, record, option_record(options), args.overwrite)
+    run = MiningRun(
+        store=store,
+        out=args.out,
+        options=options,
+        embedder=args.embedder,
+        wraps_passages=not words and is_own_model(folder),
+        load_encoder=functools.cache(lambda: load_text_encoder(folder, args.batch_size)),
+        load_teacher=functools.cache(lambda: load_judge(Path(str(options.teacher)), store, args.batch_size))
+        if options.teacher is not None
+        else None,
+        shard_texts=args.shard_texts,
+        bars=True,
+    )
+    for table in tables:
+        begun = time.monotonic()
+        report = mine_dataset(run, table)
+        few = report["rows_with_too_few"]
+        print(
+            f"{table.name}: {report['negatives']:,} negatives for {report['rows']:,} rows, "
+            f"{few:,} rows with fewer than {options.num_negatives}, {time.monotonic() - begun:.1f} s",
+            flush=True,
+        )
+    reports = finished_reports(args.out, store)
+    write_reports(args.out, Path(args.embedder).resolve().name, reports)
+    print("\n".join(summary_table(reports)))
+    print(f"wrote {args.out} in {time.monotonic() - start:.1f} s; {args.out}/report.md tells more")
+    if not words:
+        print(f"{args.out}/work/embeddings serves other rules without a new forward pass; delete it if you need none")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
