@@ -28,10 +28,17 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.data.derived import choose_datasets, new_folder, rows_file, write_recipe, write_rows
+from pipeline.data.derived import (
+    choose_datasets,
+    kept_rows,
+    new_folder,
+    require_distinct_files,
+    rows_file,
+    write_recipe,
+    write_rows,
+)
 from pipeline.data.eval_folder import write_eval_folder
 from pipeline.data.normalizing import store_keys
-from pipeline.data.raw_rows import raw_row
 from pipeline.data.reserving import Links, Reserved, find_links, reserve, rows_with, texts_of
 from pipeline.data.store import TokenStore, open_store
 from pipeline.data.summary import align
@@ -86,6 +93,7 @@ def reserve_rows(args: argparse.Namespace) -> None:
             raise ValueError(f"--reserve-{name} {value} must be at least {least}")
     settings = load_settings(args.config, args.overrides)
     store = open_store(settings.data.store)
+    require_distinct_files(store)
     chosen = choose_sources(store, args.dataset)
     with new_folder(args.out) as folder:
         keys_U = store_keys(store, bars=True)
@@ -100,7 +108,7 @@ def reserve_rows(args: argparse.Namespace) -> None:
         asked = {"reserve_dev": args.reserve_dev, "reserve_examples": args.reserve_examples, "seed": args.seed}
         write_text(folder / "reserve.json", json.dumps(asked | {"datasets": counts}, indent=1) + "\n")
         written = {table.name: f"train/{rows_file(table.name)}" for table in store.datasets}
-        write_recipe(settings, folder / "recipe.yaml", args.out, written)
+        write_recipe(settings, store, folder / "recipe.yaml", args.out, written)
     print("\n".join(report_lines(store, counts)))
     print(f"wrote {args.out}; next: python pipeline/preprocess.py --config {args.out / 'recipe.yaml'}")
 
@@ -120,7 +128,7 @@ def write_split(
     others = [texts_of(links[j], r.dev_N | r.example_N) for j, r in reserved.items() if j != dataset]
     shares_N = rows_with(links[dataset], np.concatenate(others)) if others else nothing_N
     free_N = ~(dev_N | example_N | dropped_N)
-    rows = (raw_row(store, table, n) for n in np.flatnonzero(free_N & ~shares_N).tolist())
+    rows = kept_rows(store, table, free_N & ~shares_N)
     counts: dict[str, Any] = {
         "rows": table.num_rows,
         "train": write_rows(folder / "train" / rows_file(table.name), rows),

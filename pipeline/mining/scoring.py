@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from pipeline.data.raw_rows import raw_row
+from pipeline.data.derived import kept_rows
 from pipeline.data.store import DatasetTable, TokenStore
 from pipeline.datatypes import RULES
 from pipeline.files import file_sha256, write_atomic, write_text
@@ -206,12 +206,12 @@ def folder_digest(folder: Path) -> str:
 
 def scored_rows(store: TokenStore, table: DatasetTable, scores: Scores) -> Iterator[dict[str, Any]]:
     """All rows of the table in their order, in the raw form, with the teacher's scores in place of any they had."""
-    for row in range(table.num_rows):
+    for row, raw in enumerate(kept_rows(store, table, np.ones(table.num_rows, dtype=bool))):
         pos = scores.pos_score[table.pos_offsets[row] : table.pos_offsets[row + 1]]
         neg = scores.neg_score[table.neg_offsets[row] : table.neg_offsets[row + 1]]
         # Over str, a float32 keeps its short form: 0.1 instead of 0.10000000149011612.
         found = {"pos_scores": [float(str(v)) for v in pos], "neg_scores": [float(str(v)) for v in neg]}
-        yield raw_row(store, table, row) | found
+        yield raw | found
 
 
 # What the scores are like.
