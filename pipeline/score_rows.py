@@ -31,9 +31,11 @@ from pipeline.data.summary import align
 from pipeline.files import file_sha256, write_text
 from pipeline.mining.scoring import (
     BLOCK_ITEMS,
+    LOCK,
     TEMPERATURES,
     describe,
     folder_digest,
+    locked,
     open_work,
     score_dataset,
     scored_rows,
@@ -72,7 +74,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse_arguments(argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     try:
-        score_rows(args)
+        require_own_folder(args.out)
+        with locked(args.out):
+            score_rows(args)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -125,13 +129,19 @@ def score_rows(args: argparse.Namespace, block_items: int = BLOCK_ITEMS) -> None
     print(f"wrote {args.out}; next: python pipeline/preprocess.py --config {recipe}")
 
 
+def require_own_folder(out: Path) -> None:
+    """ValueError if `out` holds anything but results of this command."""
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out} is a file; name a folder")
+    names = {path.name for path in out.iterdir()} - {LOCK} if out.is_dir() else set()
+    if names and REPORT not in names and not any(name.startswith(UNFINISHED) for name in names):
+        raise ValueError(f"--out {out} holds other files, which could be overwritten; choose a new or empty folder")
+
+
 def read_report(out: Path, source: Mapping[str, Any]) -> dict[str, Any]:
     """scores.json of an earlier run with the same teacher and store, or an empty one; ValueError on another's."""
     path = out / REPORT
     if not path.is_file():
-        names = [found.name for found in out.iterdir()] if out.is_dir() else []
-        if names and not any(name.startswith(UNFINISHED) for name in names):
-            raise ValueError(f"--out {out} holds other files, which could be overwritten; choose a new or empty folder")
         return {"source": dict(source), "datasets": {}}
     try:
         report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))

@@ -4,11 +4,13 @@ N rows, C candidates (all positives, then all negatives), I items that the teach
 width, G groups.
 """
 
+import fcntl
 import hashlib
 import json
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from pipeline.files import file_sha256, write_atomic, write_text
 from pipeline.mining.teacher import PairTeacher, Scored, Teacher, TextTeacher
 
 BLOCK_ITEMS = 1024
+LOCK = ".lock"
 COSINES_AT_ONCE = 8192
 TEMPERATURES = (0.02, 0.1, 0.5, 1.0, 2.0, 5.0, 10.0)  # 1 is the trainer's
 
@@ -178,6 +181,18 @@ def _save(path: Path, block: np.ndarray) -> None:
 
 def _interval() -> float:
     return 0.2 if sys.stderr.isatty() else 30.0
+
+
+@contextmanager
+def locked(out: Path) -> Iterator[None]:
+    """Hold the output folder for this process; the lock goes with the process, however it ends."""
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / LOCK).open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ValueError(f"another process writes scores to {out}; wait for it, or choose another --out") from error
+        yield
 
 
 def open_work(work: Path, identity: Mapping[str, Any]) -> None:
