@@ -20,17 +20,23 @@ import argparse
 import importlib.util
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from pipeline.data.decontaminating import KINDS, Matches, contaminated, find_matches
-from pipeline.data.derived import new_folder, rows_file, write_recipe, write_rows
+from pipeline.data.derived import (
+    kept_rows,
+    new_folder,
+    require_distinct_files,
+    rows_file,
+    write_recipe,
+    write_rows,
+)
 from pipeline.data.eval_texts import EvaluationTexts, folder_texts, mteb_texts
 from pipeline.data.normalizing import store_keys
-from pipeline.data.raw_rows import raw_row
 from pipeline.data.store import DatasetTable, TokenStore, open_store
 from pipeline.files import write_text
 from pipeline.settings import load_settings
@@ -94,6 +100,7 @@ def decontaminate(args: argparse.Namespace) -> None:
         raise ValueError("name at least one evaluation set with --decontaminate FOLDER or --decontaminate-mteb TASK")
     settings = load_settings(args.config, args.overrides)
     store = open_store(settings.data.store)
+    require_distinct_files(store)
     evaluations = [texts for folder in args.decontaminate for texts in folder_texts(folder)]
     evaluations += [texts for name in args.decontaminate_mteb for texts in load_mteb_texts(name)]
     names = [e.name for e in evaluations]
@@ -107,7 +114,7 @@ def decontaminate(args: argparse.Namespace) -> None:
     bad = [np.logical_or.reduce(list(by_set.values())) for by_set in found]
     report = {table.name: count(table, m, bad_N) for table, m, bad_N in zip(store.datasets, matches, bad, strict=True)}
     for table, by_set in zip(store.datasets, matches, strict=True):
-        print("\n".join(dataset_lines(store, table, report[table.name], by_set)), flush=True)
+        print("\n".join(dataset_lines(store, table, report[table.name], by_set, evaluations, args.keep)), flush=True)
     emptied = [table.name for table, bad_N in zip(store.datasets, bad, strict=True) if bad_N.all()]
     if emptied and not args.mark:
         raise ValueError(
@@ -121,7 +128,7 @@ def decontaminate(args: argparse.Namespace) -> None:
         options = {"mark": args.mark, "keep": args.keep}
         write_text(folder / "decontaminate.json", json.dumps(options | {"datasets": report}, indent=1) + "\n")
         written = {table.name: rows_file(table.name) for table in store.datasets}
-        write_recipe(settings, folder / "recipe.yaml", args.out, written)
+        write_recipe(settings, store, folder / "recipe.yaml", args.out, written)
     num_rows, num_bad = (sum(d[key] for d in report.values()) for key in ("rows", "contaminated"))
     print(f"{'marked' if args.mark else 'dropped'} {num_bad:,} of {num_rows:,} rows")
     print(f"wrote {args.out}; next: python pipeline/preprocess.py --config {args.out / 'recipe.yaml'}")
@@ -165,29 +172,33 @@ def count(table: DatasetTable, matches: Mapping[str, Matches], bad_N: np.ndarray
 
 
 def dataset_lines(
-    store: TokenStore, table: DatasetTable, counts: Mapping[str, Any], matches: Mapping[str, Matches]
+    store: TokenStore,
+    table: DatasetTable,
+    counts: Mapping[str, Any],
+    matches: Mapping[str, Matches],
+    evaluations: Sequence[EvaluationTexts],
+    keep: Collection[str],
 ) -> list[str]:
-    """One line a dataset, one an evaluation set with matches, and the first rows that matched."""
+    """One line a dataset, one an evaluation set with matches, and the first texts that matched."""
     lines = [f"{table.name}: {counts['contaminated']:,} of {counts['rows']:,} rows contaminated"]
-    for name, m in matches.items():
-        numbers = {reason: number for reason, number in counts["sets"][name].items() if number}
+    for e in evaluations:
+        numbers = []
+        for reason, number in counts["sets"][e.name].items():
+            spared = (e.is_pool and "pool" in keep) or (reason == "positive in corpus" and "corpus" in keep)
+            if number:
+                numbers.append(f"{reason}{', kept' if spared else ''} {number:,}")
         if numbers:
-            lines.append(f"  {name}: " + ", ".join(f"{reason} {number:,}" for reason, number in numbers.items()))
-        for reason, texts in m.shown.items():
+            lines.append(f"  {e.name}: " + "; ".join(numbers))
+        for reason, texts in matches[e.name].shown.items():
             lines += [f"    {reason}: {store.text(text)[:SHOWN_CHARACTERS]!r}" for text in texts]
     return lines
-
-
-def kept_rows(store: TokenStore, table: DatasetTable, kept_N: np.ndarray) -> Iterator[dict[str, Any]]:
-    """The rows that stay, in the raw form."""
-    return (raw_row(store, table, n) for n in np.flatnonzero(kept_N).tolist())
 
 
 def marked_rows(
     store: TokenStore, table: DatasetTable, matches: Mapping[str, Matches], found: Mapping[str, np.ndarray]
 ) -> Iterator[dict[str, Any]]:
     """All rows; those found in an evaluation set say which and why."""
-    for n in range(table.num_rows):
+    for n, row in enumerate(kept_rows(store, table, np.ones(table.num_rows, dtype=bool))):
         marks = [
             f"{name}: {reason}"
             for name, m in matches.items()
@@ -195,7 +206,7 @@ def marked_rows(
             for reason, found_N in m.by_reason.items()
             if found_N[n]
         ]
-        yield raw_row(store, table, n) | ({"contaminated": marks} if marks else {})
+        yield row | ({"contaminated": marks} if marks else {})
 
 
 if __name__ == "__main__":

@@ -10,7 +10,8 @@ Reads the token store of a recipe and writes
 
 No query or positive of a reserved row is query or positive of a training row, in any dataset, nor of a row reserved for
 the other purpose. Texts count as the same after NFKC, case folding and collapsing of whitespace. Rows linked by such
-texts are reserved together where they fit; what cannot stay in training and is not reserved is dropped and counted.
+texts are reserved together where they fit, rows with few links first, so that little is lost; what cannot stay in
+training and is not reserved is dropped and counted.
 Negatives take no part in this: a reserved positive may stay the negative of a training row.
 
 Dev queries are retrieval queries, so only datasets of type normal and only_1neg give any; all rows of the other types
@@ -27,12 +28,20 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.data.derived import choose_datasets, new_folder, rows_file, write_recipe, write_rows
+from pipeline.data.derived import (
+    choose_datasets,
+    kept_rows,
+    new_folder,
+    require_distinct_files,
+    rows_file,
+    write_recipe,
+    write_rows,
+)
 from pipeline.data.eval_folder import write_eval_folder
 from pipeline.data.normalizing import store_keys
-from pipeline.data.raw_rows import raw_row
-from pipeline.data.reserving import find_links, reserve, rows_with, texts_of
+from pipeline.data.reserving import Links, Reserved, find_links, reserve, rows_with, texts_of
 from pipeline.data.store import TokenStore, open_store
+from pipeline.data.summary import align
 from pipeline.datatypes import RULES
 from pipeline.files import write_text
 from pipeline.settings import load_settings
@@ -84,6 +93,7 @@ def reserve_rows(args: argparse.Namespace) -> None:
             raise ValueError(f"--reserve-{name} {value} must be at least {least}")
     settings = load_settings(args.config, args.overrides)
     store = open_store(settings.data.store)
+    require_distinct_files(store)
     chosen = choose_sources(store, args.dataset)
     with new_folder(args.out) as folder:
         keys_U = store_keys(store, bars=True)
@@ -92,32 +102,50 @@ def reserve_rows(args: argparse.Namespace) -> None:
             i: reserve(store.datasets[i].name, links[i], args.reserve_dev, args.reserve_examples, args.seed)
             for i in chosen
         }
-        counts: dict[str, dict[str, Any]] = {}
-        for i, table in enumerate(store.datasets):
-            own = reserved.get(i)
-            others = [texts_of(links[j], r.dev_N | r.example_N) for j, r in reserved.items() if j != i]
-            shares_N = rows_with(links[i], np.concatenate(others)) if others else np.zeros(table.num_rows, dtype=bool)
-            free_N = ~(own.dev_N | own.example_N | own.dropped_N) if own else np.ones(table.num_rows, dtype=bool)
-            train_N = free_N & ~shares_N
-            rows = (raw_row(store, table, n) for n in np.flatnonzero(train_N).tolist())
-            counts[table.name] = {
-                "rows": table.num_rows,
-                "train": write_rows(folder / "train" / rows_file(table.name), rows),
-                "dev_rows": int(own.dev_N.sum()) if own else 0,
-                "example_rows": int(own.example_N.sum()) if own else 0,
-                "dropped": int(own.dropped_N.sum()) if own else 0,
-                "dropped_for_others": int((free_N & shares_N).sum()),
-            }
-            if own:
-                task = folder / "eval" / rows_file(table.name).removesuffix(".jsonl")
-                made = write_eval_folder(task, store, table, keys_U, own.dev_N, own.example_N)
-                counts[table.name]["eval"] = asdict(made)
+        counts = {
+            table.name: write_split(folder, store, i, keys_U, links, reserved) for i, table in enumerate(store.datasets)
+        }
         asked = {"reserve_dev": args.reserve_dev, "reserve_examples": args.reserve_examples, "seed": args.seed}
         write_text(folder / "reserve.json", json.dumps(asked | {"datasets": counts}, indent=1) + "\n")
         written = {table.name: f"train/{rows_file(table.name)}" for table in store.datasets}
-        write_recipe(settings, folder / "recipe.yaml", args.out, written)
+        write_recipe(settings, store, folder / "recipe.yaml", args.out, written)
     print("\n".join(report_lines(store, counts)))
     print(f"wrote {args.out}; next: python pipeline/preprocess.py --config {args.out / 'recipe.yaml'}")
+
+
+def write_split(
+    folder: Path,
+    store: TokenStore,
+    dataset: int,
+    keys_U: np.ndarray,
+    links: Sequence[Links],
+    reserved: Mapping[int, Reserved],
+) -> dict[str, Any]:
+    """Write a dataset's training rows and, where rows of it are reserved, its evaluation folder; returns the counts."""
+    table, own = store.datasets[dataset], reserved.get(dataset)
+    nothing_N = np.zeros(table.num_rows, dtype=bool)
+    dev_N, example_N, dropped_N = (own.dev_N, own.example_N, own.dropped_N) if own else (nothing_N,) * 3
+    others = [texts_of(links[j], r.dev_N | r.example_N) for j, r in reserved.items() if j != dataset]
+    shares_N = rows_with(links[dataset], np.concatenate(others)) if others else nothing_N
+    free_N = ~(dev_N | example_N | dropped_N)
+    rows = kept_rows(store, table, free_N & ~shares_N)
+    counts: dict[str, Any] = {
+        "rows": table.num_rows,
+        "train": write_rows(folder / "train" / rows_file(table.name), rows),
+        "dev_rows": int(dev_N.sum()),
+        "example_rows": int(example_N.sum()),
+        "dropped": int(dropped_N.sum()),
+        "dropped_for_others": int((free_N & shares_N).sum()),
+    }
+    if not counts["train"]:
+        raise ValueError(
+            f"dataset {table.name!r}: none of its {table.num_rows:,} rows would be left for training: all share "
+            "a query or positive with reserved rows; ask for fewer, or take it out of the recipe"
+        )
+    if own:
+        task = folder / "eval" / rows_file(table.name).removesuffix(".jsonl")
+        counts["eval"] = asdict(write_eval_folder(task, store, table, keys_U, dev_N, example_N))
+    return counts
 
 
 def choose_sources(store: TokenStore, names: Sequence[str]) -> tuple[int, ...]:
@@ -158,13 +186,7 @@ def report_lines(store: TokenStore, counts: Mapping[str, Mapping[str, Any]]) -> 
         "dropped: shares a query or positive with a reserved row of its own dataset; for others: with one of another "
         "dataset; corpus: distinct passages of the dataset"
     )
-    return [*_align(table), legend, *notes]
-
-
-def _align(rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = [[c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(r, widths, strict=True))] for r in rows]
-    return ["  ".join(line) for line in lines]
+    return [align(table, num_left=1), legend, *notes]
 
 
 if __name__ == "__main__":

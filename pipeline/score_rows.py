@@ -25,14 +25,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.data.derived import choose_datasets, rows_file, write_recipe, write_rows
+from pipeline.data.derived import choose_datasets, require_distinct_files, rows_file, write_recipe, write_rows
 from pipeline.data.store import MANIFEST, TokenStore, open_store
+from pipeline.data.summary import align
 from pipeline.files import file_sha256, write_text
 from pipeline.mining.scoring import (
     BLOCK_ITEMS,
+    LOCK,
     TEMPERATURES,
     describe,
     folder_digest,
+    locked,
     open_work,
     score_dataset,
     scored_rows,
@@ -41,7 +44,7 @@ from pipeline.mining.teacher import Teacher, find_kind, load_teacher, model_fold
 from pipeline.settings import load_settings
 
 ONE_HOT, UNIFORM = 0.05, 0.98  # entropy shares below and above which a group teaches next to nothing
-REPORT = "scores.json"
+REPORT, UNFINISHED = "scores.json", ".unfinished-"
 EPILOG = """examples:
   python pipeline/score_rows.py --config recipe.yaml --teacher models/bge-reranker-v2-m3 --out scored
   python pipeline/score_rows.py --config recipe.yaml --teacher runs/first --out scored --dataset squad_newwiki
@@ -71,7 +74,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse_arguments(argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     try:
-        score_rows(args)
+        require_own_folder(args.out)
+        with locked(args.out):
+            score_rows(args)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -85,6 +90,7 @@ def score_rows(args: argparse.Namespace, block_items: int = BLOCK_ITEMS) -> None
     """Score the chosen datasets one after the other; what is finished in --out is kept."""
     settings = load_settings(args.config, args.overrides)
     store = open_store(settings.data.store)
+    require_distinct_files(store)
     chosen = choose_datasets(store, args.dataset)
     kind = find_kind(args.teacher)
     print(f"teacher: {args.teacher} ({kind.replace('_', ' ')})", flush=True)
@@ -97,11 +103,13 @@ def score_rows(args: argparse.Namespace, block_items: int = BLOCK_ITEMS) -> None
     finished = {name for name in report["datasets"] if (args.out / rows_file(name)).is_file()}
     teacher: Teacher | None = None
     for table in (store.datasets[i] for i in chosen):
+        work = args.out / (UNFINISHED + rows_file(table.name))
         if table.name in finished:
+            shutil.rmtree(work, ignore_errors=True)  # a run may have been killed just before it did this
             print(f"{table.name}: up to date")
             continue
         teacher = teacher or load_teacher(args.teacher, args.sigmoid, args.batch_size)
-        start, work = time.monotonic(), args.out / f".unfinished-{rows_file(table.name)}"
+        start = time.monotonic()
         open_work(work, source | {"dataset": table.name, "block_items": block_items})
         scores = score_dataset(store, table, teacher, work, True, block_items)
         write_rows(args.out / rows_file(table.name), scored_rows(store, table, scores))
@@ -112,10 +120,22 @@ def score_rows(args: argparse.Namespace, block_items: int = BLOCK_ITEMS) -> None
         print(f"{table.name}: scored in {time.monotonic() - start:.0f} s", flush=True)
     written = {name: rows_file(name) for name in report["datasets"] if (args.out / rows_file(name)).is_file()}
     recipe = args.out / "recipe.yaml"
-    write_recipe(settings, recipe, args.out, written)
+    lacking = write_recipe(settings, store, recipe, args.out, written)
     print(score_table(store, report))
-    print("\n".join(judge(report["datasets"])))
+    for warning in judge(report["datasets"]):
+        print(warning)
+    if lacking:
+        print(f"{recipe} leaves out {', '.join(lacking)}: not scored, while others of the same entry are")
     print(f"wrote {args.out}; next: python pipeline/preprocess.py --config {recipe}")
+
+
+def require_own_folder(out: Path) -> None:
+    """ValueError if `out` holds anything but results of this command."""
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out} is a file; name a folder")
+    names = {path.name for path in out.iterdir()} - {LOCK} if out.is_dir() else set()
+    if names and REPORT not in names and not any(name.startswith(UNFINISHED) for name in names):
+        raise ValueError(f"--out {out} holds other files, which could be overwritten; choose a new or empty folder")
 
 
 def read_report(out: Path, source: Mapping[str, Any]) -> dict[str, Any]:
@@ -150,7 +170,7 @@ def score_table(store: TokenStore, report: Mapping[str, Any]) -> str:
     note = (
         f"scale: {report.get('scale')}; read: distinct {unit}; cut: longer than the teacher's limit (tokens: {limits})"
     )
-    return "\n".join([_align(counts), note, _align(shares)])
+    return "\n".join([align(counts, num_left=1), note, align(shares, num_left=1)])
 
 
 def judge(datasets: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -172,12 +192,6 @@ def judge(datasets: Mapping[str, Mapping[str, Any]]) -> list[str]:
                 "more"
             )
     return warnings
-
-
-def _align(rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = [[c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(r, widths, strict=True))] for r in rows]
-    return "\n".join("  ".join(line) for line in lines)
 
 
 if __name__ == "__main__":

@@ -289,14 +289,17 @@ def test_marked_rows_stay(recipe: Path, evaluations: tuple[Path, Path], tmp_path
     assert preprocess(["--config", str(tmp_path / "out/recipe.yaml"), "--processes", "1"]) == 0
 
 
-def test_corpus_matches_can_stay(recipe: Path, evaluations: tuple[Path, Path], tmp_path: Path) -> None:
+def test_corpus_matches_can_stay(
+    recipe: Path, evaluations: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     arguments = ["--config", str(recipe), "--out", str(tmp_path / "out"), "--keep", "corpus", "--decontaminate"]
     assert main([*arguments, str(evaluations[0])]) == 0
     queries, _ = texts_in(evaluations[0])
     kept = [row["query"] for row in lines_of(tmp_path / "out/retrieval.jsonl")]
     assert sorted(kept) == expected(recipe, "retrieval", queries, set())
     report = json.loads((tmp_path / "out/decontaminate.json").read_text())["datasets"]
-    assert report["retrieval"]["sets"]["search"]["positive in corpus"] >= 1
+    number = report["retrieval"]["sets"]["search"]["positive in corpus"]
+    assert number >= 1 and f"positive in corpus, kept {number}" in capsys.readouterr().out
 
 
 def test_a_dataset_that_is_all_test_is_an_error(

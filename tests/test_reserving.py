@@ -18,7 +18,7 @@ from pipeline.data.reserving import Links, Reserved, count_links, find_links, gr
 from pipeline.data.store import open_store
 from pipeline.evaluation.tasks import load_task
 from pipeline.preprocess import main as preprocess
-from pipeline.reserve_rows import main
+from pipeline.reserve_rows import main, write_split
 from pipeline.settings import load_settings
 
 # Normalisation.
@@ -277,6 +277,18 @@ def test_a_query_that_answers_another_stays_in_the_corpus(tmp_path: Path) -> Non
     assert sorted(load_task(tmp_path / "d").corpus.values()) == ["b", "c"]
 
 
+def test_a_dataset_that_others_empty_is_an_error(tmp_path: Path) -> None:
+    rows = [{"query": f"q{i}", "pos": [f"p{i}"], "neg": []} for i in range(4)]
+    store = make_store({"a": ("normal", rows), "b": ("only_1neg", rows[:1])})
+    keys_U = np.array([text_key(text) for text in store.texts], dtype=np.uint64)
+    links = [find_links(table, keys_U) for table in store.datasets]
+    nothing_N = np.zeros(4, bool)
+    reserved = {0: Reserved(np.arange(4) == 0, nothing_N, nothing_N)}
+    assert write_split(tmp_path, store, 0, keys_U, links, reserved)["train"] == 3
+    with pytest.raises(ValueError, match="dataset 'b': none of its 1 rows would be left"):
+        write_split(tmp_path, store, 1, keys_U, links, reserved)
+
+
 def test_the_written_recipe_preprocesses_what_is_left(recipe: Path, tmp_path: Path) -> None:
     out = tmp_path / "split"
     assert main(["--config", str(recipe), "--out", str(out), "--reserve-dev", "5"]) == 0
@@ -314,7 +326,7 @@ def test_user_errors(
 ) -> None:
     assert main(["--config", str(recipe), "--out", str(tmp_path / "out"), *arguments]) == 2
     assert message in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_folder_with_content_is_not_touched(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -29,7 +29,7 @@ from transformers import (
 )
 
 from pipeline.data.store import open_store
-from pipeline.mining.scoring import Scores, describe, group_entropy
+from pipeline.mining.scoring import LOCK, Scores, describe, group_entropy, locked
 from pipeline.mining.teacher import find_kind, load_teacher
 from pipeline.preprocess import main as preprocess
 from pipeline.score_rows import judge, main, parse_arguments, score_rows
@@ -260,7 +260,11 @@ score_rows(parse_arguments(sys.argv[1:]), block_items=16)
 
 
 def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(
-    recipe: Path, cross_encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    recipe: Path,
+    cross_encoder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     def arguments(out: str) -> list[str]:
         common = ["--config", str(recipe), "--teacher", str(cross_encoder), "--out", str(tmp_path / out)]
@@ -286,12 +290,16 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(
     names = sorted(path.name for path in (tmp_path / "whole").iterdir())
     assert names == sorted(path.name for path in (tmp_path / "killed").iterdir())
     assert len(names) == 4
-    for name in set(names) - {"recipe.yaml"}:
+    with locked(tmp_path / "whole"):
+        assert main(arguments("whole")) == 2
+    assert "another process writes scores to" in capsys.readouterr().err
+    for name in set(names) - {"recipe.yaml"}:  # which names the folder
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "killed" / name).read_bytes()
-    # A second run has nothing to do.
+    # A second run has nothing to do but to clear what a kill at the very end leaves.
     written.clear()
+    (tmp_path / "whole/.unfinished-normal.jsonl").mkdir()
     score_rows(parse_arguments(arguments("whole")), block_items=16)
-    assert written == []
+    assert written == [] and not (tmp_path / "whole/.unfinished-normal.jsonl").exists()
 
 
 def test_scores_of_another_teacher_are_not_mixed(
@@ -307,6 +315,18 @@ def test_scores_of_another_teacher_are_not_mixed(
     assert main([*arguments, str(cross_encoder), "--dataset", "only_1neg"]) == 0
     assert set(json.loads((tmp_path / "out/scores.json").read_text())["datasets"]) == {"normal", "only_1neg"}
     assert (tmp_path / "out/normal.jsonl").read_bytes() == before
+
+
+def test_files_of_others_are_not_overwritten(
+    recipe: Path, cross_encoder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    raw = recipe.parent / "data"
+    before = {path: path.read_bytes() for path in [recipe, *raw.iterdir()]}
+    for out in (raw, recipe.parent):
+        assert main(["--config", str(recipe), "--teacher", str(cross_encoder), "--out", str(out)]) == 2
+        assert "holds other files" in capsys.readouterr().err
+        assert not (out / LOCK).exists()
+    assert {path: path.read_bytes() for path in [recipe, *raw.iterdir()]} == before
 
 
 def slow_entropy(scores: list[float], temperature: float) -> float:

@@ -10,14 +10,25 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pipeline.data.store import TokenStore
+import numpy as np
+
+from pipeline.data.raw_rows import raw_row
+from pipeline.data.store import DatasetTable, TokenStore
 from pipeline.files import sync, write_atomic, write_text
-from pipeline.settings import Settings, dump_settings
+from pipeline.settings import HUB_PREFIX, DatasetSettings, Settings, dump_settings
 
 
 def rows_file(name: str) -> str:
     """File name of a dataset's rows."""
     return re.sub(r"[^\w.-]", "_", name) + ".jsonl"
+
+
+def require_distinct_files(store: TokenStore) -> None:
+    """ValueError if two datasets would be written to one file."""
+    names = [table.name for table in store.datasets]
+    files = [rows_file(name) for name in names]
+    if clash := [name for name, file in zip(names, files, strict=True) if files.count(file) > 1]:
+        raise ValueError(f"datasets {', '.join(clash)} would be written to one file; rename one in the recipe")
 
 
 def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> int:
@@ -36,18 +47,64 @@ def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> int:
     return count
 
 
-def write_recipe(settings: Settings, path: Path, folder: Path, written: Mapping[str, str]) -> None:
+def kept_rows(store: TokenStore, table: DatasetTable, kept_N: np.ndarray) -> Iterator[dict[str, Any]]:
+    """The rows of a dataset that are kept (bool [N]), in the raw form and in their order.
+
+    `nearest` names lines of the file that these rows make; neighbours that are not kept leave it.
+    """
+    line_N = np.cumsum(kept_N) * kept_N
+    for n in np.flatnonzero(kept_N).tolist():
+        row = raw_row(store, table, n)
+        if table.nearest_offsets is not None and table.nearest_row is not None:
+            lines = line_N[table.nearest_row[table.nearest_offsets[n] : table.nearest_offsets[n + 1]]]
+            row["nearest"] = lines[lines > 0].tolist()
+        yield row
+
+
+def write_recipe(
+    settings: Settings, store: TokenStore, path: Path, folder: Path, written: Mapping[str, str]
+) -> tuple[str, ...]:
     """Write a recipe whose data are the files that a tool wrote, with the token store beside them.
+
+    Every written dataset becomes an entry of its own. An entry of which nothing was written keeps its raw files.
 
     Args:
         path: where the recipe is written.
-        folder: where tool's output lies in the end; the store goes to `folder`/store.
-        written: dataset name -> file under `folder`; a dataset that is not named here keeps its raw file.
+        folder: where the tool's output lies in the end; the store goes to `folder`/store.
+        written: dataset name -> file under `folder`.
+
+    Returns:
+        Names of datasets that the recipe lacks: others of their entry (a folder of files) were written, they were not.
     """
     folder, root = folder.resolve(), Path(settings.data.root)
-    datasets = tuple(replace(d, path=written.get(d.name, str(root / d.path))) for d in settings.data.datasets)
-    data = replace(settings.data, root=str(folder), store=str(folder / "store"), datasets=datasets)
+    entries: list[DatasetSettings] = []
+    lacking: list[str] = []
+    for entry in settings.data.datasets:
+        tables = [table for table in store.datasets if table.entry == entry.name]
+        done = [table for table in tables if table.name in written]
+        if done:
+            entries += [_entry(entry, table, written[table.name]) for table in done]
+            lacking += [table.name for table in tables if table.name not in written]
+        else:
+            on_hub = entry.path.startswith(HUB_PREFIX)
+            entries.append(entry if on_hub else replace(entry, path=str(root / entry.path)))
+    data = replace(settings.data, root=str(folder), store=str(folder / "store"), datasets=tuple(entries))
     write_text(path, dump_settings(replace(settings, data=data)))
+    return tuple(lacking)
+
+
+def _entry(entry: DatasetSettings, table: DatasetTable, path: str) -> DatasetSettings:
+    """An entry for a file in the raw form: how the source was read no longer matters, how it is trained does."""
+    # The old file's name may have said so; the new file's name need not.
+    in_batch = False if entry.in_batch_negatives is None and table.no_in_batch_neg else entry.in_batch_negatives
+    return DatasetSettings(
+        name=table.name,
+        path=path,
+        type=entry.type,
+        instruction=entry.instruction,
+        in_batch_negatives=in_batch,
+        group_size=entry.group_size,
+    )
 
 
 @contextmanager
@@ -59,18 +116,26 @@ def new_folder(path: Path) -> Iterator[Path]:
     """
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise ValueError(f"--out {path} is there already; remove it or choose another")
+    path = path.resolve()
     temporary = path.with_name(path.name + ".unfinished")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    yield temporary
-    os.replace(temporary, path)
-    sync(path.resolve().parent)
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    sync(path.parent)
 
 
 def choose_datasets(store: TokenStore, names: Sequence[str]) -> tuple[int, ...]:
-    """Indices of the datasets that --dataset names, in the store's order; all of them where none is named."""
+    """Indices of the datasets that --dataset names, in the store's order; all of them where none is named.
+
+    Raises:
+        ValueError: there is no dataset and no entry of that name.
+    """
     known = [table.name for table in store.datasets]
     for name in names:
-        if name not in known:
+        if name not in known and not any(name == table.entry for table in store.datasets):
             raise ValueError(f"--dataset {name}: the store {store.path} holds {', '.join(known)}")
-    return tuple(i for i, name in enumerate(known) if not names or name in names)
+    return tuple(i for i, t in enumerate(store.datasets) if not names or t.name in names or t.entry in names)

@@ -26,7 +26,7 @@ def summarize(manifest: Manifest) -> str:
     totals = manifest.counts
     blank = sum(d.counts["blank_lines"] for d in manifest.datasets)
     parts = [
-        _table([header, *lines]),
+        align([header, *lines], num_left=2),
         f"rows in {totals['rows'] + totals['quarantined']:,} = stored {totals['rows']:,} + quarantined "
         f"{totals['quarantined']:,}" + (f" (blank lines, not rows: {blank:,})" if blank else ""),
         f"distinct texts {totals['distinct_texts']:,}, stored tokens {totals['tokens']:,}; tokenized without context: "
@@ -42,11 +42,13 @@ def _repeated(entry: DatasetEntry) -> str:
     return f"{1 - entry.counts['distinct_texts'] / entry.counts['text_uses']:.0%}"
 
 
-def _table(rows: Sequence[Sequence[str]]) -> str:
+def align(rows: Sequence[Sequence[str]], num_left: int) -> str:
+    """Rows as lines with columns of equal width, the first `num_left` of them flush left."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return "\n".join(
         "  ".join(
-            cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+            cell.ljust(w) if i < num_left else cell.rjust(w)
+            for i, (cell, w) in enumerate(zip(row, widths, strict=True))
         )
         for row in rows
     )

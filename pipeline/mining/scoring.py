@@ -4,11 +4,13 @@ N rows, C candidates (all positives, then all negatives), I items that the teach
 width, G groups.
 """
 
+import fcntl
 import hashlib
 import json
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,13 +18,14 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from pipeline.data.raw_rows import raw_row
+from pipeline.data.derived import kept_rows
 from pipeline.data.store import DatasetTable, TokenStore
 from pipeline.datatypes import RULES
 from pipeline.files import file_sha256, write_atomic, write_text
 from pipeline.mining.teacher import PairTeacher, Scored, Teacher, TextTeacher
 
 BLOCK_ITEMS = 1024
+LOCK = ".lock"
 COSINES_AT_ONCE = 8192
 TEMPERATURES = (0.02, 0.1, 0.5, 1.0, 2.0, 5.0, 10.0)  # 1 is the trainer's
 
@@ -180,6 +183,18 @@ def _interval() -> float:
     return 0.2 if sys.stderr.isatty() else 30.0
 
 
+@contextmanager
+def locked(out: Path) -> Iterator[None]:
+    """Hold the output folder for this process; the lock goes with the process, however it ends."""
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / LOCK).open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ValueError(f"another process writes scores to {out}; wait for it, or choose another --out") from error
+        yield
+
+
 def open_work(work: Path, identity: Mapping[str, Any]) -> None:
     """Create the folder of finished blocks, or check that it belongs to the same scoring; ValueError if not."""
     record, text = work / "identity.json", json.dumps(identity, indent=1) + "\n"
@@ -206,12 +221,12 @@ def folder_digest(folder: Path) -> str:
 
 def scored_rows(store: TokenStore, table: DatasetTable, scores: Scores) -> Iterator[dict[str, Any]]:
     """All rows of the table in their order, in the raw form, with the teacher's scores in place of any they had."""
-    for row in range(table.num_rows):
+    for row, raw in enumerate(kept_rows(store, table, np.ones(table.num_rows, dtype=bool))):
         pos = scores.pos_score[table.pos_offsets[row] : table.pos_offsets[row + 1]]
         neg = scores.neg_score[table.neg_offsets[row] : table.neg_offsets[row + 1]]
         # Over str, a float32 keeps its short form: 0.1 instead of 0.10000000149011612.
         found = {"pos_scores": [float(str(v)) for v in pos], "neg_scores": [float(str(v)) for v in neg]}
-        yield raw_row(store, table, row) | found
+        yield raw | found
 
 
 # What the scores are like.
