@@ -16,6 +16,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from pipeline.data.derived import choose_datasets, require_distinct_files, rows_file, write_recipe
 from pipeline.data.store import DatasetTable, TokenStore, open_store
 from pipeline.mining.folder import locked, prepare_folder, require_own_folder
 from pipeline.mining.options import BM25, SHARD_TEXTS, MiningOptions, check_options
@@ -76,9 +77,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         require_packages(args.embedder, args.teacher)
         require_own_folder(args.out)
         store = open_store(settings.data.store)
-        tables = choose_datasets(store, settings, args.dataset)
+        require_distinct_files(store)
+        tables = [store.datasets[d] for d in choose_datasets(store, args.dataset or ())]
         with locked(args.out):
-            mine(args, options, store, tables)
+            mine(args, options, settings, store, tables)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -131,26 +133,14 @@ def require_packages(embedder: str, teacher: str | None) -> None:
         raise ValueError(f"{', '.join(missing)} not installed; pip install 'bge-icl-train[mining]'")
 
 
-def choose_datasets(store: TokenStore, settings: Settings, names: Sequence[str] | None) -> list[DatasetTable]:
-    """The tables of the datasets asked for, in the order of the store; ValueError names one that is not there."""
-    known = [dataset.name for dataset in settings.data.datasets]
-    stored = [table.name for table in store.datasets]
-    for name in names or ():
-        if name not in known and name not in stored:
-            raise ValueError(f"--dataset {name} is not in the recipe; it has {', '.join(known)}")
-    wanted = names or known
-    found = [table for table in store.datasets if table.name in wanted or table.entry in wanted]
-    for name in wanted:
-        if not any(name in (table.name, table.entry) for table in found):
-            raise ValueError(
-                f"dataset {name!r} is not in the store {store.path}, which has {', '.join(stored)}; preprocess the "
-                "recipe first"
-            )
-    return found
-
-
-def mine(args: argparse.Namespace, options: MiningOptions, store: TokenStore, tables: Sequence[DatasetTable]) -> None:
-    """Mine the datasets one by one, then write the report over all that the folder holds."""
+def mine(
+    args: argparse.Namespace,
+    options: MiningOptions,
+    settings: Settings,
+    store: TokenStore,
+    tables: Sequence[DatasetTable],
+) -> None:
+    """Mine the datasets one by one, then write report and recipe over all that the folder holds."""
     # Loading these takes a second or more; wrong arguments should not have to wait for it.
     from pipeline.mining.dataset import MiningRun, finished_reports, mine_dataset
     from pipeline.mining.embedding import is_own_model, load_text_encoder, model_folder
@@ -190,9 +180,15 @@ def mine(args: argparse.Namespace, options: MiningOptions, store: TokenStore, ta
     reports = finished_reports(args.out, store)
     write_reports(args.out, Path(args.embedder).resolve().name, reports)
     print("\n".join(summary_table(reports)))
+    written = {report["dataset"]: rows_file(report["dataset"]) for report in reports}
+    recipe = args.out / "recipe.yaml"
+    lacking = write_recipe(settings, store, recipe, args.out, written)
+    if lacking:
+        print(f"{recipe} leaves out {', '.join(lacking)}: not mined, while others of the same entry are")
     print(f"wrote {args.out} in {time.monotonic() - start:.1f} s; {args.out}/report.md tells more")
     if not words:
         print(f"{args.out}/work/embeddings serves other rules without a new forward pass; delete it if you need none")
+    print(f"next: python pipeline/preprocess.py --config {recipe}")
 
 
 if __name__ == "__main__":

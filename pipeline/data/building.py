@@ -9,7 +9,6 @@ import fcntl
 import json
 import logging
 import os
-import re
 import shutil
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
@@ -21,6 +20,7 @@ from typing import Any
 
 from pipeline.data.blocks import BLOCK_BYTES, Block, RawFile, add_checksum, iter_blocks
 from pipeline.data.composing import Limits, compose_query, compose_wrapped
+from pipeline.data.derived import safe_name
 from pipeline.data.finding import find_sources
 from pipeline.data.joining import check_joined
 from pipeline.data.parallel import run_tasks
@@ -415,7 +415,7 @@ def _row_files(plan: BuildPlan) -> list[Path]:
     """The row file of every dataset; ValueError where two names give the same one."""
     names: dict[str, str] = {}
     for source in plan.sources:
-        file = "rows-" + re.sub(r"[^\w.-]", "_", source.dataset.name) + ".safetensors"
+        file = f"rows-{safe_name(source.dataset.name)}.safetensors"
         if file in names:
             raise ValueError(
                 f"data.datasets: {names[file]!r} and {source.dataset.name!r} give the same file {file}; rename one"

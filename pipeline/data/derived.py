@@ -18,9 +18,14 @@ from pipeline.files import sync, write_atomic, write_text
 from pipeline.settings import HUB_PREFIX, DatasetSettings, Settings, dump_settings
 
 
-def rows_file(name: str) -> str:
+def safe_name(dataset: str) -> str:
+    """A dataset's name as part of a file name."""
+    return re.sub(r"[^\w.-]", "_", dataset)
+
+
+def rows_file(dataset: str) -> str:
     """File name of a dataset's rows."""
-    return re.sub(r"[^\w.-]", "_", name) + ".jsonl"
+    return safe_name(dataset) + ".jsonl"
 
 
 def require_distinct_files(store: TokenStore) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.data.derived import safe_name
 from pipeline.data.raw_rows import raw_row
 from pipeline.data.store import DatasetTable, TokenStore
 from pipeline.datatypes import RULES
@@ -17,7 +18,7 @@ from pipeline.files import write_atomic, write_text
 from pipeline.mining.blocks import Index, MinedBlock, MiningInput, Teacher, load_block, mine_block, save_block
 from pipeline.mining.corpus import Queries, corpus_texts, distinct_queries, find_copies, relate
 from pipeline.mining.embedding import Embeddings, TextEncoder, embed
-from pipeline.mining.folder import progress_bar, safe_name
+from pipeline.mining.folder import progress_bar
 from pipeline.mining.options import BM25, MiningOptions
 from pipeline.mining.report import Report, dataset_report, plot_scores
 from pipeline.mining.search import DenseIndex, index_words

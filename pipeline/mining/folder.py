@@ -8,7 +8,6 @@ work/                embeddings, kept for runs with other rules; unfinished rows
 
 import fcntl
 import json
-import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -27,11 +26,6 @@ RECORD = "settings.json"
 _SHOWN = 8
 
 Record = dict[str, Any]
-
-
-def safe_name(dataset: str) -> str:
-    """A dataset's name as a file name."""
-    return re.sub(r"[^\w.-]", "_", dataset)
 
 
 def progress_bar(total: int, title: str, unit: str, shown: bool) -> "tqdm[NoReturn]":
@@ -139,5 +133,6 @@ def _clear(out: Path, keep_embeddings: bool) -> None:
     if not keep_embeddings:
         shutil.rmtree(out / "work/embeddings", ignore_errors=True)
     shutil.rmtree(out / "work/rows", ignore_errors=True)
-    for path in (*out.glob("*.jsonl"), *out.glob("scores-*.png"), out / "report.md", out / "report.json"):
+    single = (out / name for name in ("report.md", "report.json", "recipe.yaml"))
+    for path in (*out.glob("*.jsonl"), *out.glob("scores-*.png"), *single):
         path.unlink(missing_ok=True)
