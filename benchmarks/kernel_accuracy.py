@@ -58,9 +58,9 @@ def kernel(inputs: Sequence[Tensor], scale: float, exact: Exact) -> dict[str, fl
 
 def errors_by_way() -> Iterator[dict[str, Any]]:
     """For each temperature and way: loss, dq and dc relative, the rest's log-sum-exp absolute."""
-    inputs = make_embeddings(ROWS, PASSAGES, WIDTH, torch.bfloat16, DEVICE, rank=RANK)
     for temperature in (0.05, 0.02, 0.01):
         scale = 1 / temperature
+        inputs = make_embeddings(ROWS, PASSAGES, WIDTH, scale, torch.bfloat16, DEVICE, rank=RANK)
         exact = solve_exactly(*inputs, scale)
         shown = {"temperature": temperature, "rest_share": exact.rest_share}
         yield {"way": "bf16 logits (eager)", **shown, **bf16_logits(inputs, scale, exact), "faults": []}

@@ -17,7 +17,6 @@ from embed_kernels import Impl, similarity
 
 GROUP = 8
 RANK = 96  # directions that embeddings vary in, as in trained ones
-CLOSENESS = (0.44, *[0.33] * (GROUP - 1))  # of own candidates to their row: positive, hard negatives
 MIN_REST_SHARE = 0.3
 PIECE = 8192  # passages held in fp64 at a time
 PICKED = 64
@@ -26,9 +25,16 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 def make_embeddings(
-    rows: int, passages: int, width: int, dtype: torch.dtype, device: str, seed: int = 0, rank: int = RANK
+    rows: int,
+    passages: int,
+    width: int,
+    scale: float,
+    dtype: torch.dtype,
+    device: str,
+    seed: int = 0,
+    rank: int = RANK,
 ) -> tuple[Tensor, Tensor]:
-    """query_BD and passage_PD, unit rows; half of each is a direction common to all."""
+    """query_BD and passage_PD, unit rows; half of each is a direction common to all. `scale` is 1 / temperature."""
     generator = torch.Generator(device).manual_seed(seed)
 
     def draw(*shape: int) -> Tensor:
@@ -37,10 +43,14 @@ def make_embeddings(
     def finish(mixed: Tensor) -> Tensor:
         return torch.nn.functional.normalize((common + mixed) @ basis, dim=1).to(dtype)
 
-    basis, common, topic = draw(rank, width), draw(rank), draw(rows, rank)
+    # Orthonormal, so that similarities are spread alike at every width.
+    basis = torch.linalg.qr(draw(width, rank))[0].T
+    common, topic = draw(rank), draw(rows, rank)
     query_BD = finish(topic)
     passage_PD = torch.empty(passages, width, device=device, dtype=dtype)
-    closeness_G = torch.tensor(CLOSENESS, device=device)[:, None]
+    # Of own candidates to their row. At a low temperature it takes less for the positive to outweigh all others.
+    closeness = 0.4 if scale <= 50 else 0.32
+    closeness_G = torch.tensor([closeness, *[0.8 * closeness] * (GROUP - 1)], device=device)[:, None]
     for start in range(0, passages, PIECE):
         mixed = draw(min(PIECE, passages - start), rank)
         own = topic[start // GROUP : (start + len(mixed)) // GROUP]

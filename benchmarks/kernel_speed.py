@@ -140,7 +140,7 @@ def measure_case(shape: tuple[int, int, int], dtype: torch.dtype, rounds: int, c
     bytes_of_one = (rows + candidates) * width * dtype.itemsize
     num_sets = 1 + 2 * L2_BYTES // bytes_of_one if ON_GPU else 1
     rank = RANK if ON_GPU else 24
-    sets = [make_embeddings(rows, candidates, width, dtype, DEVICE, seed, rank) for seed in range(num_sets)]
+    sets = [make_embeddings(rows, candidates, width, SCALE, dtype, DEVICE, seed, rank) for seed in range(num_sets)]
     exact = solve_exactly(*sets[0], SCALE)
     shared: Record = {
         "shape": list(shape),
@@ -184,7 +184,7 @@ def count_launches(shape: tuple[int, int, int], dtype: torch.dtype) -> Record:
     The last thing measured: a tracer, once started, may slow launches down. None where it saw nothing.
     """
     rows, candidates, width = shape
-    leaves = [x.requires_grad_() for x in make_embeddings(rows, candidates, width, dtype, DEVICE)]
+    leaves = [x.requires_grad_() for x in make_embeddings(rows, candidates, width, SCALE, dtype, DEVICE)]
 
     def count(call: Callable[[], object]) -> Record:
         call()

@@ -25,7 +25,7 @@ from pipeline.settings import LoraSettings
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
-QUERIES, STEP_TOKENS = 512, 512 * 512 + 4096 * 256
+QUERIES, STEP_TOKENS, SCALE = 512, 512 * 512 + 4096 * 256, 50.0
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -71,8 +71,8 @@ def time_chunk(encoder: Encoder, num_tokens: int, length: int) -> float:
 
 def time_loss(width: int, dtype: torch.dtype) -> float:
     """Seconds of similarity and InfoNCE, forward and backward."""
-    leaves = [x.requires_grad_() for x in make_embeddings(QUERIES, QUERIES * GROUP, width, dtype, DEVICE)]
-    primitive = make_primitive(QUERIES, QUERIES * GROUP, 50.0, DEVICE, "auto")
+    leaves = [x.requires_grad_() for x in make_embeddings(QUERIES, QUERIES * GROUP, width, SCALE, dtype, DEVICE)]
+    primitive = make_primitive(QUERIES, QUERIES * GROUP, SCALE, DEVICE, "auto")
     return seconds(lambda: torch.autograd.grad(info_nce(*primitive(*leaves)), leaves), 10 if ON_GPU else 1)
 
 
