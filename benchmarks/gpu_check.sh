@@ -11,12 +11,12 @@ FOLDER=${1:-runs/gpu_check}
 PYTHON=${PYTHON:-$(test -x .venv/bin/python && echo .venv/bin/python || command -v python3)}
 # Inductor compiles in this process: a pool of its own would take longer to start than these few kernels.
 export PYTHONPATH="$PWD/kernels:$PWD" HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false TORCHINDUCTOR_COMPILE_THREADS=1
-mkdir -p "$FOLDER"
 CARD=$("$PYTHON" -c 'import torch; print(torch.cuda.get_device_name().replace(" ", "_") if torch.cuda.is_available() else "cpu")')
 if [ -z "$CARD" ]; then
   echo "error: $PYTHON cannot import torch; PYTHON=... names another interpreter" >&2
   exit 2
 fi
+mkdir -p "$FOLDER"
 LOG="$FOLDER/$CARD-gpu_check.log"
 failed=0
 

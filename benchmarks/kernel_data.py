@@ -35,7 +35,7 @@ def make_embeddings(
     rank: int = RANK,
 ) -> tuple[Tensor, Tensor]:
     """query_BD and passage_PD, unit rows; half of each is a direction common to all. `scale` is 1 / temperature."""
-    generator = torch.Generator(device).manual_seed(seed)
+    generator, rank = torch.Generator(device).manual_seed(seed), min(rank, width)
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, device=device)

@@ -189,7 +189,7 @@ def count_launches(shape: tuple[int, int, int], dtype: torch.dtype) -> Record:
     def count(call: Callable[[], object]) -> Record:
         call()
         work = device_work(call)
-        return {"launches": len(work["kernels"]) or None, "copies": len(work["copies"]), **work}
+        return {"launches": len(work["kernels"]) or None, "copies": len(work["copies"]), "names": work}
 
     ways: dict[str, Record] = {}
     for name, loss in find_losses(rows, candidates, dtype, compile_too=dtype == BF16).items():
