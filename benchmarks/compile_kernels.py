@@ -1,7 +1,7 @@
 """Compile every shipped kernel configuration for Hopper (sm_90) without a GPU, and read what the compiler made of it.
 
-Prints a table of registers, spilled bytes, shared memory, tensor-core and bulk-copy instructions; exits 1 where one
-spills, does not fit, or lacks what it was written for. `--json FILE` writes the table too.
+Prints a table of registers, spilled bytes, shared memory, tensor-core and bulk-copy instructions; exits 3 where one
+spills, does not fit, or lacks what it was written for. `--json FILE` writes the table too, as it grows.
 """
 
 import argparse
@@ -23,6 +23,7 @@ from embed_kernels import last_token_kernel, similarity_kernel
 TARGET = GPUTarget("cuda", 90, 32)
 SHARED_LIMIT = 227 * 1024  # bytes a program may use on sm_90
 MASKS = ("exclude_B", "exclude_P", "require_B", "require_P", "threshold")
+FINISH_TILES = (1024, 8192)  # of passages, merged by one program: a large batch's, and the most that are allowed
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
@@ -66,8 +67,10 @@ def configurations() -> list[tuple[str, Any, dict[str, Any], dict[str, int], boo
         rows["threshold"] = "*fp32"
         rows |= dict.fromkeys(("B", "D", "stride_q", "stride_p", "num_tiles", "max_group"), "i32")
         launch = {"num_warps": similarity_kernel.FINISH_WARPS}
-        sizes = {"BLOCK_TILES": 1024, "BLOCK_D": 4096}
-        found.append((f"finish, {dtype}", similarity_kernel.finish_kernel, rows | sizes, launch, False))
+        for tiles in FINISH_TILES:
+            sizes = {"BLOCK_TILES": tiles, "BLOCK_D": 4096}
+            name = f"finish, {dtype}, {tiles} tiles"
+            found.append((name, similarity_kernel.finish_kernel, rows | sizes, launch, False))
         rows = dict.fromkeys(("hidden", "grad_hidden"), f"*{dtype}") | {"last": "*i64", "eps": "fp32", "D": "i32"}
         rows |= dict.fromkeys(("out", "norm", "grad_out"), "*fp32") | {"stride_t": "i32", "BLOCK_D": 4096}
         launch = {"num_warps": last_token_kernel.NUM_WARPS}
@@ -91,7 +94,7 @@ def compile_one(kernel: Any, types: dict[str, Any], launch: dict[str, int]) -> A
     return triton.compile(source, target=TARGET, options=launch)
 
 
-def inspect(compiled: Any) -> dict[str, int]:
+def read_machine_code(compiled: Any) -> dict[str, int]:
     """Registers, spilled bytes and instructions of the machine code; shared memory from the compiler."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
@@ -107,12 +110,12 @@ def inspect(compiled: Any) -> dict[str, int]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="file to write the table to")
+    parser.add_argument("--json", type=Path, help="file to write the table to, as it grows")
     arguments = parser.parse_args(argv)
     rows, faulty = [], 0
     print(f"triton {triton.__version__}, sm_90\n{'configuration':44} regs  spill  shared  HGMMA  TMA loads")
     for name, kernel, types, launch, on_tensor_cores in configurations():
-        found = inspect(compile_one(kernel, types, launch))
+        found = read_machine_code(compile_one(kernel, types, launch))
         tiled = name.startswith(("lse", "gradient"))
         faults = ["spills"] if found["STACK"] else []
         faults += ["too much shared memory"] if found["shared"] > SHARED_LIMIT else []
@@ -125,9 +128,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"{found['UTMALDG']:6}  {', '.join(faults)}",
             flush=True,
         )
-    if arguments.json:
-        arguments.json.write_text(json.dumps({"triton": triton.__version__, "rows": rows}, indent=2) + "\n")
-    return 1 if faulty else 0
+        if arguments.json:
+            arguments.json.write_text(json.dumps({"triton": triton.__version__, "rows": rows}, indent=2) + "\n")
+    return 3 if faulty else 0
 
 
 if __name__ == "__main__":

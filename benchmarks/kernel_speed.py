@@ -1,19 +1,24 @@
-"""Time and peak memory of similarity + InfoNCE on a GPU, beside what trainers do today; needs a CUDA device.
+"""Time and peak memory of similarity + InfoNCE on a GPU, beside what trainers do today.
 
     eager bf16     as FlagEmbedding computes it: product and division by the temperature in bf16
-    eager fp32     the same with logits in fp32 (torch.mm with out_dtype)
-    compiled       torch.compile of that
+    eager fp32     the same with logits in fp32 (torch.mm with out_dtype, or fp32 inputs)
+    compiled       torch.compile of that, anew for each shape
     chunked        a loop over chunks of candidates, fp32 logits, recomputed in backward
     cce            the package cut-cross-entropy, where it is installed
+    twin           embed_kernels.similarity in plain PyTorch (fp32 inputs, which is what training passes)
     ours           embed_kernels.similarity
 
-Forward, and forward with backward; medians of interleaved rounds over inputs larger than the L2 cache. A shape whose
-loss or gradient disagrees with fp64 is not timed. Results go to --json line by line as they come, and to a plot.
+Forward, and forward with backward; medians of interleaved rounds that go round input sets of twice the L2 cache.
+Small shapes are timed as replays of a CUDA graph, so that no launch from Python is in the figure; each record says
+how it was `timed`. A shape on which ours disagrees with fp64 is not timed, and the exit code is then 3. Results go to
+--json as they come, and to a plot. Without a GPU only that comparison runs, on tiny shapes in Triton's interpreter.
 """
 
 import argparse
+import functools
 import importlib.util
 import json
+import os
 import statistics
 import sys
 import time
@@ -24,274 +29,286 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from embed_kernels import gather_last_token, similarity
+ON_GPU = torch.cuda.is_available()
+if not ON_GPU:
+    os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are defined
 
-GROUP = 8
-SCALE = 50.0  # temperature 0.02
-SHAPES = ((512, 4096, 4096), (512, 32768, 4096), (4096, 32768, 4096), (512, 4096, 1024), (4096, 32768, 1024))
-PEAK_FLOPS = 790e12  # H200, dense bf16, as measured with large matrix products
-L2_BYTES = 64 << 20
-Loss = Callable[[Tensor, Tensor], Tensor]
+import triton  # noqa: E402
+from gpu_timing import device_work, make_round, milliseconds, peak_mib, run_once  # noqa: E402
+from kernel_baselines import SCALE, chunked, cut_cross_entropy, eager_bf16, eager_fp32  # noqa: E402
+from kernel_data import (  # noqa: E402
+    RANK,
+    Exact,
+    Loss,
+    find_faults,
+    info_nce,
+    loss_errors,
+    make_embeddings,
+    make_primitive,
+    rest_error,
+    solve_exactly,
+)
 
+from embed_kernels import gather_last_token  # noqa: E402
+from pipeline.files import write_text  # noqa: E402
 
-def make_inputs(rows: int, candidates: int, width: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Unit rows of low rank in bf16; candidate b * GROUP is the positive of row b."""
-    generator = torch.Generator("cuda").manual_seed(seed)
-    basis = torch.randn(96, width, generator=generator, device="cuda")
-    topic = torch.randn(rows, 96, generator=generator, device="cuda")
-    other = torch.randn(candidates, 96, generator=generator, device="cuda")
-    other[: rows * GROUP] += topic.repeat_interleave(GROUP, dim=0)[:candidates]
-    return tuple(torch.nn.functional.normalize(x @ basis, dim=1).bfloat16() for x in (topic, other))  # type: ignore[return-value]
-
-
-def positives(query: Tensor) -> Tensor:
-    return torch.arange(len(query), device=query.device) * GROUP
-
-
-def eager_bf16(query: Tensor, candidate: Tensor) -> Tensor:
-    scores = query @ candidate.T / (1 / SCALE)
-    return torch.nn.functional.cross_entropy(scores, positives(query))
-
-
-class _MatmulFp32(torch.autograd.Function):
-    """bf16 operands, fp32 product; torch.mm with out_dtype has no gradient of its own."""
-
-    @staticmethod
-    def forward(ctx: Any, query: Tensor, candidate: Tensor) -> Tensor:
-        ctx.save_for_backward(query, candidate)
-        return torch.mm(query, candidate.T, out_dtype=torch.float32)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        query, candidate = ctx.saved_tensors
-        gradient = gradient.to(query.dtype)
-        return gradient @ candidate, gradient.T @ query
-
-
-def eager_fp32(query: Tensor, candidate: Tensor) -> Tensor:
-    return torch.nn.functional.cross_entropy(_MatmulFp32.apply(query, candidate) * SCALE, positives(query))
-
-
-class _Chunked(torch.autograd.Function):
-    CHUNK = 8192
-
-    @staticmethod
-    def forward(ctx: Any, query: Tensor, candidate: Tensor) -> Tensor:
-        parts = []
-        for start in range(0, len(candidate), _Chunked.CHUNK):
-            logits = torch.mm(query, candidate[start : start + _Chunked.CHUNK].T, out_dtype=torch.float32) * SCALE
-            parts.append(torch.logsumexp(logits, 1))
-        lse = torch.logsumexp(torch.stack(parts), 0)
-        ctx.save_for_backward(query, candidate, lse)
-        own = (query.float() * candidate[positives(query)].float()).sum(1) * SCALE
-        return (lse - own).mean()
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        query, candidate, lse = ctx.saved_tensors
-        factor = gradient * SCALE / len(query)
-        dq, dc = torch.zeros_like(query, dtype=torch.float32), torch.empty_like(candidate)
-        for start in range(0, len(candidate), _Chunked.CHUNK):
-            part = candidate[start : start + _Chunked.CHUNK]
-            shares = torch.exp(torch.mm(query, part.T, out_dtype=torch.float32) * SCALE - lse[:, None])
-            here = (positives(query) >= start) & (positives(query) < start + _Chunked.CHUNK)
-            shares[here, positives(query)[here] - start] -= 1
-            shares = (shares * factor).to(query.dtype)
-            dc[start : start + _Chunked.CHUNK] = shares.T @ query
-            dq += torch.mm(shares, part, out_dtype=torch.float32)
-        return dq.to(query.dtype), dc
+DEVICE = "cuda" if ON_GPU else "cpu"
+BF16, FP32 = torch.bfloat16, torch.float32
+# (rows, candidates, width) and the inputs' type; what prove.py reads comes first.
+CASES = (
+    ((512, 4096, 4096), BF16),
+    ((4096, 32768, 4096), BF16),
+    ((512, 4096, 4096), FP32),
+    ((512, 32768, 4096), BF16),
+    ((512, 4096, 1024), BF16),
+    ((512, 32768, 4096), FP32),
+    ((4096, 32768, 1024), BF16),
+    ((512, 1 << 20, 4096), BF16),
+    ((4096, 32768, 4096), FP32),
+)
+COUNTED = (CASES[0], CASES[2])
+DRY_CASES = (((16, 160, 64), BF16), ((16, 160, 64), FP32))
+LEFT_OUT = {
+    "shape": [512, 1 << 20, 4096],
+    "dtype": "fp32",
+    "left_out": "17 GB of candidates and as much for their gradient; more tiles than one program of the kernel merges",
+}
+PEAK_FLOPS = {BF16: 790e12, FP32: 67e12}  # H100 and H200: bf16 as measured with large products, fp32 as specified
+L2_BYTES = 64 << 20  # of the largest card
+GRAPH_LIMIT = 1 << 25  # logits of a shape that is timed by graph replay; larger ones hide their launches
+Record = dict[str, Any]
 
 
-def chunked(query: Tensor, candidate: Tensor) -> Tensor:
-    return _Chunked.apply(query, candidate)
+def type_name(dtype: torch.dtype) -> str:
+    return "bf16" if dtype == BF16 else "fp32"
 
 
-def cut_cross_entropy(query: Tensor, candidate: Tensor) -> Tensor:
-    from cut_cross_entropy import linear_cross_entropy
-
-    return linear_cross_entropy(query * SCALE, candidate, positives(query))
-
-
-def make_ours(rows: int, candidates: int) -> Loss:
-    integers = {"dtype": torch.int32, "device": "cuda"}
-    own = torch.arange(rows * GROUP, **integers)  # type: ignore[call-overload]
-    offsets = torch.arange(0, rows * GROUP + 1, GROUP, **integers)  # type: ignore[call-overload]
-    copies = torch.ones(candidates, **integers)  # type: ignore[call-overload]
-
-    def ours(query: Tensor, candidate: Tensor) -> Tensor:
-        logits_C, rest_B = similarity(query, candidate, own, offsets, SCALE, copies, max_group=GROUP, impl="triton")
-        group = logits_C.view(-1, GROUP)
-        return (torch.logaddexp(rest_B, torch.logsumexp(group, 1)) - group[:, 0]).mean()
-
-    return ours
+def make_loss(rows: int, candidates: int, impl: Any) -> Loss:
+    primitive = make_primitive(rows, candidates, SCALE, DEVICE, impl)
+    return lambda query_BD, passage_PD: info_nce(*primitive(query_BD, passage_PD))
 
 
-def losses(rows: int, candidates: int) -> dict[str, Loss]:
-    found: dict[str, Loss] = {"ours": make_ours(rows, candidates), "eager bf16": eager_bf16, "eager fp32": eager_fp32}
-    found |= {"compiled": torch.compile(eager_fp32), "chunked": chunked}
-    if importlib.util.find_spec("cut_cross_entropy") is not None:
+def in_one_line(error: RuntimeError) -> str:
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"
+
+
+def find_losses(rows: int, candidates: int, dtype: torch.dtype, compile_too: bool) -> dict[str, Loss]:
+    """Every way that takes these inputs; ours first."""
+    found: dict[str, Loss] = {"ours": make_loss(rows, candidates, "triton")}
+    if dtype == FP32:
+        found["twin"] = make_loss(rows, candidates, "torch")
+    else:
+        found["eager bf16"] = eager_bf16
+    found["eager fp32"] = eager_fp32
+    if compile_too:
+        torch._dynamo.reset()
+        found["compiled"] = torch.compile(eager_fp32, dynamic=False)
+    found["chunked"] = chunked
+    if dtype == BF16 and importlib.util.find_spec("cut_cross_entropy") is not None:
         found["cce"] = cut_cross_entropy
     return found
 
 
-def errors(loss: Loss, inputs: Sequence[Tensor]) -> tuple[float, float]:
-    """Relative errors of the loss and of dq on the first rows, against fp64."""
-    leaves = [x.detach().requires_grad_() for x in inputs]
-    value = loss(leaves[0], leaves[1])
-    value.backward()
-    query, candidate = (x.double() for x in inputs)
-    some = slice(0, 64)
-    total, gradient = torch.zeros((), dtype=torch.float64, device="cuda"), None
-    for start in range(0, len(query), 64):
-        part = query[start : start + 64].detach().requires_grad_()
-        target = positives(query)[start : start + 64]
-        share = torch.nn.functional.cross_entropy(part @ candidate.T * SCALE, target, reduction="sum") / len(query)
-        if start == 0:
-            gradient = torch.autograd.grad(share, part)[0]
-        total += share.detach()
-    assert gradient is not None and leaves[0].grad is not None
-    of_gradient = (leaves[0].grad[some].double() - gradient).norm() / gradient.norm()
-    return abs(float(value) / float(total) - 1), float(of_gradient)
+def check_ours(loss: Loss, inputs: Sequence[Tensor], exact: Exact) -> tuple[dict[str, float], list[str]]:
+    """Errors of ours, and which of them are beyond their limit."""
+    primitive = make_primitive(len(inputs[0]), len(inputs[1]), SCALE, DEVICE, "triton")
+    errors = loss_errors(loss, inputs, exact)
+    with torch.no_grad():
+        errors["rest_lse"] = rest_error(primitive(inputs[0], inputs[1])[1], exact)
+    return errors, find_faults(errors, inputs[0].dtype, SCALE)
 
 
-def time_once(loss: Loss, inputs: Sequence[Tensor], backward: bool, repeats: int) -> float:
-    """Milliseconds of one call, mean over `repeats` back to back, clocks between events."""
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    begin.record()
-    for _ in range(repeats):
-        value = loss(inputs[0], inputs[1])
-        if backward:
-            torch.autograd.grad(value, list(inputs))
-    end.record()
-    torch.cuda.synchronize()
-    return begin.elapsed_time(end) / repeats
+def time_rounds(
+    calls: dict[tuple[str, bool], Callable[[], None]], rounds: int, repeats: int, num_sets: int
+) -> dict[str, Record]:
+    """Milliseconds for one input set, by way; ways take turns, so that a drift of the clock meets all."""
+    times: dict[tuple[str, bool], list[float]] = {key: [] for key in calls}
+    for _ in range(rounds + 1):
+        for key, call in calls.items():
+            times[key].append(milliseconds(call, repeats) / repeats / num_sets)
+    found: dict[str, Record] = {}
+    for (name, backward), taken in times.items():
+        label, taken = "both" if backward else "forward", taken[1:]  # the first warms up
+        figures = {f"{label}_ms": statistics.median(taken), f"{label}_spread_ms": [min(taken), max(taken)]}
+        found[name] = found.get(name, {}) | figures
+    return found
 
 
-def peak_mib(loss: Loss, inputs: Sequence[Tensor]) -> float:
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    torch.autograd.grad(loss(inputs[0], inputs[1]), list(inputs))
-    torch.cuda.synchronize()
-    return (torch.cuda.max_memory_allocated() - before) / 2**20
+def measure_case(shape: tuple[int, int, int], dtype: torch.dtype, rounds: int, compile_too: bool) -> list[Record]:
+    """A record for each way; one for ours alone, with its faults, where it disagrees with fp64."""
+    rows, candidates, width = shape
+    bytes_of_one = (rows + candidates) * width * dtype.itemsize
+    num_sets = 1 + 2 * L2_BYTES // bytes_of_one if ON_GPU else 1
+    rank = RANK if ON_GPU else 24
+    sets = [make_embeddings(rows, candidates, width, SCALE, dtype, DEVICE, seed, rank) for seed in range(num_sets)]
+    exact = solve_exactly(*sets[0], SCALE)
+    shared: Record = {
+        "shape": list(shape),
+        "dtype": type_name(dtype),
+        "input_sets": num_sets,
+        "rest_share": exact.rest_share,
+    }
+    shared |= {"floor_ms": 3 * 2 * rows * candidates * width / PEAK_FLOPS[dtype] * 1e3}
+    # Graphs hold no reference to what they read: losses and leaves must outlive them.
+    losses = find_losses(rows, candidates, dtype, compile_too)
+    leaves = [[x.detach().requires_grad_() for x in some] for some in sets]
+    ours, faults = check_ours(losses["ours"], sets[0], exact)
+    records: dict[str, Record] = {"ours": {**shared, "way": "ours", "errors": ours, "faults": faults}}
+    if faults:
+        return list(records.values())
+    calls: dict[tuple[str, bool], Callable[[], None]] = {}
+    for name, loss in losses.items():
+        record = records.setdefault(name, {**shared, "way": name, "faults": []})
+        replayed = rows * candidates <= GRAPH_LIMIT and name != "cce"  # which may wait for the device
+        try:
+            if name != "ours":
+                record["errors"] = loss_errors(loss, sets[0], exact)
+            if ON_GPU:
+                record["peak_mib"] = peak_mib(loss, leaves[0])
+                record["timed"] = "graph replay" if replayed else "launched from Python"
+                both = {(name, b): make_round(loss, leaves, b, replayed) for b in (False, True)}
+                calls |= both
+        except RuntimeError as error:  # out of memory, or a torch that cannot compile or capture it
+            if name == "ours":
+                raise
+            record["left_out"] = in_one_line(error)
+    repeats = max(1, min(20, int(10 / shared["floor_ms"] / num_sets)))
+    for name, figures in time_rounds(calls, rounds, repeats, num_sets).items():
+        records[name] |= figures
+    return list(records.values())
 
 
-def count_launches(loss: Loss, inputs: Sequence[Tensor]) -> int:
-    from torch.profiler import ProfilerActivity, profile
+def count_launches(shape: tuple[int, int, int], dtype: torch.dtype) -> Record:
+    """Kernels and copies on the device, forward and backward: of the whole loss each way, of `similarity` alone.
 
-    with profile(activities=[ProfilerActivity.CUDA]) as records:
-        torch.autograd.grad(loss(inputs[0], inputs[1]), list(inputs))
-        torch.cuda.synchronize()
-    return sum(1 for event in records.events() if "memcpy" not in event.name.lower())
+    The last thing measured: a tracer, once started, may slow launches down. None where it saw nothing.
+    """
+    rows, candidates, width = shape
+    leaves = [x.requires_grad_() for x in make_embeddings(rows, candidates, width, SCALE, dtype, DEVICE)]
+
+    def count(call: Callable[[], object]) -> Record:
+        call()
+        work = device_work(call)
+        return {"launches": len(work["kernels"]) or None, "copies": len(work["copies"]), "names": work}
+
+    ways: dict[str, Record] = {}
+    for name, loss in find_losses(rows, candidates, dtype, compile_too=dtype == BF16).items():
+        try:
+            ways[name] = count(functools.partial(run_once, loss, leaves, True))
+        except RuntimeError as error:
+            ways[name] = {"left_out": in_one_line(error)}
+    primitive = make_primitive(rows, candidates, SCALE, DEVICE, "triton")
+    gradients = [torch.ones_like(x) for x in primitive(leaves[0], leaves[1])]
+    ways["similarity alone"] = count(
+        lambda: torch.autograd.grad(primitive(leaves[0], leaves[1]), list(leaves), list(gradients))
+    )
+    return {"launches_at": list(shape), "dtype": type_name(dtype), "ways": ways}
 
 
-def measure_shape(rows: int, candidates: int, width: int, rounds: int) -> list[dict[str, Any]]:
-    bytes_of_one = (rows + candidates) * width * 2
-    sets = [make_inputs(rows, candidates, width, seed) for seed in range(max(2, -(-L2_BYTES // bytes_of_one)))]
-    leaves = [[x.requires_grad_() for x in some] for some in sets]
-    found = losses(rows, candidates)
-    records = {}
-    for name, loss in found.items():
-        of_loss, of_gradient = errors(loss, sets[0])
-        records[name] = {"loss_error": of_loss, "dq_error": of_gradient, "peak_mib": peak_mib(loss, leaves[0])}
-        records[name]["launches"] = count_launches(loss, leaves[0])
-    ours = records["ours"]
-    if not (ours["loss_error"] <= 1e-5 and ours["dq_error"] <= 6e-3):
-        raise SystemExit(f"error: {rows} x {candidates} x {width}: ours disagrees with fp64: {ours}")
-    repeats = 20 if rows * candidates < 1e7 else 3
-    times: dict[tuple[str, bool], list[float]] = {}
-    for r in range(rounds):
-        for name, loss in found.items():
-            for backward in (False, True):
-                sample = time_once(loss, leaves[r % len(leaves)], backward, repeats)
-                times.setdefault((name, backward), []).append(sample)
-    floor_ms = 3 * 2 * rows * candidates * width / PEAK_FLOPS * 1e3
+def measure_gather(rounds: int) -> list[Record]:
+    """512 and 4,608 rows of 4,096 out of 32,768 packed tokens; other rows in every call of a graph."""
     results = []
-    for name, record in records.items():
-        forward, both = (sorted(times[name, backward][1:]) for backward in (False, True))
-        results.append(
-            {"shape": [rows, candidates, width], "way": name, **record, "floor_ms": floor_ms}
-            | {"forward_ms": statistics.median(forward), "forward_spread_ms": [forward[0], forward[-1]]}
-            | {"both_ms": statistics.median(both), "both_spread_ms": [both[0], both[-1]]}
-        )
-    return results
-
-
-def measure_gather(rounds: int) -> list[dict[str, Any]]:
-    """512 and 4,608 rows of 4,096 out of 32,768 packed tokens."""
-    results = []
-    hidden = torch.randn(32768, 4096, device="cuda", dtype=torch.bfloat16)
+    hidden_TD = torch.randn(32768, 4096, device="cuda", dtype=BF16)
     for rows in (512, 4608):
-        last = torch.randperm(32768, device="cuda")[:rows].sort().values
+        lasts = [torch.randperm(32768, device="cuda")[:rows].sort().values for _ in range(40)]
         for impl in ("triton", "torch"):
-            samples = []
-            for _ in range(rounds):
-                begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                graph = torch.cuda.CUDAGraph()
-                gather_last_token(hidden, last, impl=impl)  # type: ignore[arg-type]
-                with torch.cuda.graph(graph):
-                    for _ in range(20):
-                        gather_last_token(hidden, last, impl=impl)  # type: ignore[arg-type]
-                begin.record()
-                graph.replay()
-                end.record()
-                torch.cuda.synchronize()
-                samples.append(begin.elapsed_time(end) / 20 * 1e3)
-            results.append({"gather_rows": rows, "way": impl, "microseconds": statistics.median(samples)})
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                gather_last_token(hidden_TD, lasts[0], impl=impl)  # type: ignore[arg-type]
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, stream=stream):
+                for last_S in lasts:
+                    gather_last_token(hidden_TD, last_S, impl=impl)  # type: ignore[arg-type]
+            graph.replay()  # the first replay loads the graph
+            samples = [milliseconds(graph.replay, 1) / len(lasts) * 1e3 for _ in range(rounds)]
+            shared = {"gather_rows": rows, "way": impl, "timed": "graph replay"}
+            results.append({**shared, "microseconds": statistics.median(samples)})
     return results
 
 
-def plot(records: Sequence[dict[str, Any]], picture: Path) -> None:
+def plot(records: Sequence[Record], picture: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    shapes = list(dict.fromkeys(tuple(r["shape"]) for r in records if "shape" in r))
-    figure, axes = plt.subplots(1, len(shapes), figsize=(3.2 * len(shapes), 3.5), squeeze=False)
-    for axis, shape in zip(axes[0], shapes, strict=True):
-        mine = [r for r in records if tuple(r.get("shape", ())) == shape]
+    timed = [r for r in records if "both_ms" in r]
+    cases = list(dict.fromkeys((tuple(r["shape"]), r["dtype"]) for r in timed))
+    figure, axes = plt.subplots(1, max(len(cases), 1), figsize=(3.2 * max(len(cases), 1), 3.5), squeeze=False)
+    for axis, (shape, dtype) in zip(axes[0], cases, strict=False):
+        mine = [r for r in timed if (tuple(r["shape"]), r["dtype"]) == (shape, dtype)]
         axis.barh([r["way"] for r in mine], [r["both_ms"] for r in mine])
         axis.axvline(mine[0]["floor_ms"], color="0.4", linestyle="--")
-        axis.set_title(" x ".join(map(str, shape)), fontsize=9)
+        axis.set_title(f"{' x '.join(map(str, shape))}, {dtype}", fontsize=9)
         axis.set_xlabel("ms, forward + backward")
         axis.invert_yaxis()
     figure.tight_layout()
     figure.savefig(picture, dpi=120)
 
 
+def show(r: Record) -> None:
+    if "launches_at" in r:
+        counts = ", ".join(f"{way} {x.get('launches', '?')} + {x.get('copies', '?')}" for way, x in r["ways"].items())
+        print(f"kernels + copies at {' x '.join(map(str, r['launches_at']))} {r['dtype']}: {counts}", flush=True)
+        return
+    if "shape" not in r:
+        print(f"gather {r['gather_rows']} rows, {r['way']}: {r['microseconds']:.1f} us", flush=True)
+        return
+    text = f"{' x '.join(map(str, r['shape'])):19} {r['dtype']}  {r.get('way', ''):11}"
+    if "both_ms" in r:
+        text += f"{r['forward_ms']:11.3f} {r['both_ms']:8.3f} {r['floor_ms'] / r['both_ms']:10.0%} {r['peak_mib']:9.0f}"
+    if "errors" in r:
+        text += "  " + " ".join(f"{name} {value:.1e}" for name, value in r["errors"].items())
+    note = "; ".join(r.get("faults", [])) or r.get("left_out", "") or r.get("timed", "not timed: no GPU")
+    print(f"{text}  {note}", flush=True)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="file to write results to as they come")
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--seconds", type=float, default=600, help="begin no shape after this long")
     arguments = parser.parse_args(argv)
-    if not torch.cuda.is_available():
-        print("error: there is no CUDA device; these are timings of a GPU", file=sys.stderr)
-        return 2
-    import triton
+    began = time.monotonic()
+    card = torch.cuda.get_device_name() if ON_GPU else "cpu (dry run)"
+    head = {"card": card, "torch": torch.__version__, "triton": triton.__version__}
+    records: list[Record] = [{**head, "date": time.strftime("%Y-%m-%dT%H:%M:%S")}]
+    shown = 1
 
-    records: list[dict[str, Any]] = [
-        {"card": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__}
-        | {"date": time.strftime("%Y-%m-%d")}
-    ]
-    print("shape                 way          forward ms  both ms  % of floor  peak MiB  launches  dq error")
-    for shape in SHAPES:
-        for r in measure_shape(*shape, arguments.rounds):
-            records.append(r)
-            print(
-                f"{' x '.join(map(str, shape)):21} {r['way']:11} {r['forward_ms']:11.3f} {r['both_ms']:8.3f} "
-                f"{r['floor_ms'] / r['both_ms']:11.0%} {r['peak_mib']:9.0f} {r['launches']:9} {r['dq_error']:9.1e}",
-                flush=True,
-            )
-            if arguments.json:
-                arguments.json.write_text(json.dumps(records, indent=1) + "\n")
-    for r in measure_gather(arguments.rounds):
-        records.append(r)
-        print(f"gather {r['gather_rows']} rows, {r['way']}: {r['microseconds']:.1f} us", flush=True)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(records, indent=1) + "\n")
-        plot(records, arguments.json.with_suffix(".png"))
-    return 0
+    def keep() -> None:
+        nonlocal shown
+        for r in records[shown:]:
+            show(r)
+        shown = len(records)
+        if arguments.json:
+            write_text(arguments.json, json.dumps(records, indent=1) + "\n")
+
+    print("shape               type  way          forward ms  both ms  % of floor  peak MiB  errors")
+    if ON_GPU:
+        records += measure_gather(arguments.rounds)
+    for shape, dtype in CASES if ON_GPU else DRY_CASES:
+        spent = time.monotonic() - began
+        if spent > arguments.seconds:
+            late = f"{spent:.0f} s were spent before it, and --seconds is {arguments.seconds:.0f}"
+            records.append({"shape": list(shape), "dtype": type_name(dtype), "left_out": late})
+        else:
+            # The compiler alone takes seconds a shape; fp32 is compared with what training would run instead of ours.
+            compile_too = dtype == BF16 and spent < 0.7 * arguments.seconds
+            records += measure_case(shape, dtype, arguments.rounds, compile_too and ON_GPU)
+            if ON_GPU:
+                torch.cuda.empty_cache()
+        keep()
+    records.append(LEFT_OUT)
+    keep()
+    if ON_GPU:
+        if arguments.json:
+            plot(records, arguments.json.with_suffix(".png"))
+        for shape, dtype in COUNTED:
+            records.append(count_launches(shape, dtype))
+            keep()
+    return 3 if any(r.get("faults") for r in records) else 0
 
 
 if __name__ == "__main__":

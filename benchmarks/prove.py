@@ -216,8 +216,9 @@ def quickstart() -> list[Row]:
 
 def prove_kernels() -> list[Row]:
     compiled, accuracy = WORK / "compile.json", WORK / "accuracy.json"
-    call([sys.executable, "benchmarks/compile_kernels.py", "--json", str(compiled)], accepted=(0, 1))
-    call([sys.executable, "benchmarks/kernel_accuracy.py", "--json", str(accuracy)])
+    # 3: it ran to its end and found faults, which are rows below.
+    call([sys.executable, "benchmarks/compile_kernels.py", "--json", str(compiled)], accepted=(0, 3))
+    call([sys.executable, "benchmarks/kernel_accuracy.py", "--json", str(accuracy)], accepted=(0, 3))
     table = json.loads(compiled.read_text())
     print(f"triton {table['triton']}, sm_90: registers, spilled bytes, shared memory, HGMMA, TMA loads")
     for r in table["rows"]:
@@ -243,40 +244,79 @@ def prove_kernels() -> list[Row]:
             row(
                 f"gradient error against fp64 at temperature {t} ({where})",
                 "bf16 inputs at most 6e-3 and 0.2 x that of bf16 logits at 0.02; fp32 inputs at most 1e-5",
-                f"bf16 logits {eager['dq']:.1e}; kernel {ours['dq']:.1e} (bf16 inputs), {exact['dq']:.1e} (fp32)",
-                ours["dq"] <= 6e-3 and exact["dq"] <= 1e-5 and (t != 0.02 or ours["dq"] <= 0.2 * eager["dq"]),
+                f"bf16 logits {eager['dq']:.1e}; kernel {ours['dq']:.1e} (bf16 inputs), {exact['dq']:.1e} (fp32); the "
+                + "; ".join([f"rest has {ours['rest_share']:.2f} of the softmax", *ours["faults"], *exact["faults"]]),
+                not ours["faults"]
+                and not exact["faults"]
+                and ours["dq"] <= 6e-3
+                and exact["dq"] <= 1e-5
+                and (t != 0.02 or ours["dq"] <= 0.2 * eager["dq"]),
             )
         )
     return rows + gpu_rows()
 
 
+def newest_timings() -> list[Row]:
+    """Records of the GPU run with the latest date, of those kept and those just taken; empty where there is none."""
+    found = []
+    for folder in (REPOSITORY / "benchmarks" / "results", REPOSITORY / "runs" / "gpu_check"):
+        for file in sorted(folder.glob("*-speed.json")):
+            try:
+                records = json.loads(file.read_text())
+            except json.JSONDecodeError:
+                print(f"  {file.relative_to(REPOSITORY)} is not whole: left out")
+                continue
+            if not records[0]["card"].startswith("cpu"):
+                found.append(records)
+    return max(found, key=lambda records: records[0]["date"], default=[])
+
+
 def gpu_rows() -> list[Row]:
-    """Timings that benchmarks/gpu_check.sh left in benchmarks/results/."""
-    targets = {
-        "forward + backward at 4096 x 32768 x 4096": "at most 8 ms on an H200, faster than every baseline",
-        "launches at 512 x 4096 x 4096": "at most 6",
-        "last-token gather of 512 rows": "under 6 us",
-    }
-    files = sorted((REPOSITORY / "benchmarks" / "results").glob("*-speed.json"))
-    if not files:
-        reason = "no GPU timing has been taken yet: benchmarks/gpu_check.sh"
-        return [row(claim, target, reason, None) for claim, target in targets.items()]
-    records = json.loads(files[-1].read_text())
-    big, small = (
-        {r["way"]: r for r in records if r.get("shape") == [n, m, 4096]} for n, m in ((4096, 32768), (512, 4096))
+    """Timings that benchmarks/gpu_check.sh took; what a record is missing for is not shown."""
+    records = newest_timings()
+    if not records:
+        note = "no GPU timing has been taken yet: benchmarks/gpu_check.sh"
+        return [row("time, launches and gather of the kernels", "benchmarks/kernel_speed.py on a GPU", note, None)]
+    where = f"({records[0]['card']}, {records[0]['date'][:10]})"
+    small, big, small_fp32 = (
+        {r["way"]: r for r in records if r.get("shape") == shape and r.get("dtype") == dtype and "way" in r}
+        for shape, dtype in (([512, 4096, 4096], "bf16"), ([4096, 32768, 4096], "bf16"), ([512, 4096, 4096], "fp32"))
     )
-    gather = next(r["microseconds"] for r in records if r.get("gather_rows") == 512 and r["way"] == "triton")
-    best = min(r["both_ms"] for way, r in big.items() if way != "ours")
-    measured = [
-        (f"{big['ours']['both_ms']:.2f} ms, best baseline {best:.2f} ms", big["ours"]["both_ms"] <= min(8.0, best)),
-        (f"{small['ours']['launches']}", small["ours"]["launches"] <= 6),
-        (f"{gather:.1f} us", gather < 6),
+    counted: Row = next((r["ways"] for r in records if r.get("launches_at") == [512, 4096, 4096]), {})
+    launches = counted.get("similarity alone", {}).get("launches")
+    gather = next((r["microseconds"] for r in records if r.get("gather_rows") == 512 and r["way"] == "triton"), None)
+    rows = [
+        compare_ways(f"forward + backward at 4096 x 32768 x 4096, bf16 {where}", "at most 8 ms, fastest", big, 8.0),
+        compare_ways(f"forward + backward at 512 x 4096 x 4096, bf16 {where}", "fastest", small),
+        compare_ways(f"the same with fp32 inputs, as in training {where}", "fastest", small_fp32),
     ]
-    card = records[0]["card"]
-    return [
-        row(f"{claim} ({card})", target, text, holds)
-        for (claim, target), (text, holds) in zip(targets.items(), measured, strict=True)
+    for claim, target, value, limit in (
+        ("kernels launched by similarity alone, forward + backward, at 512 x 4096 x 4096", "at most 6", launches, 6),
+        ("microseconds of a last-token gather of 512 rows", "under 6", gather, 6),
+    ):
+        if value is None:
+            rows.append(row(f"{claim} {where}", target, "the results hold no record of it", None))
+        else:
+            holds = value <= limit if target.startswith("at most") else value < limit
+            rows.append(row(f"{claim} {where}", target, f"{value:.3g}", holds))
+    return rows
+
+
+def compare_ways(claim: str, target: str, ways: dict[str, Row], limit_ms: float = float("inf")) -> Row:
+    """Ours against the fastest other way of one shape; faults of ours are a claim that does not hold."""
+    ours = ways.get("ours", {})
+    if ours.get("faults"):
+        return row(claim, target, "; ".join(ours["faults"]), False)
+    timed = {way: r["both_ms"] for way, r in ways.items() if "both_ms" in r}
+    missing = [
+        f"{way} not timed ({r.get('left_out', 'no reason given')})" for way, r in ways.items() if way not in timed
     ]
+    if "ours" not in timed or len(timed) < 2:
+        return row(claim, target, "; ".join(missing) or "the results hold no record of it", None)
+    mine = timed.pop("ours")
+    best = min(timed, key=lambda way: timed[way])
+    text = "; ".join([f"{mine:.3g} ms, {best} {timed[best]:.3g} ms, {ours['timed']}", *missing])
+    return row(claim, target, text, mine <= min(limit_ms, timed[best]))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
