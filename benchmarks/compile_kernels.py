@@ -23,7 +23,6 @@ from embed_kernels import last_token_kernel, similarity_kernel
 TARGET = GPUTarget("cuda", 90, 32)
 SHARED_LIMIT = 227 * 1024  # bytes a program may use on sm_90
 MASKS = ("exclude_B", "exclude_P", "require_B", "require_P", "threshold")
-FINISH_TILES = (1024, 8192)  # of passages, merged by one program: a large batch's, and the most that are allowed
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
@@ -67,10 +66,8 @@ def configurations() -> list[tuple[str, Any, dict[str, Any], dict[str, int], boo
         rows["threshold"] = "*fp32"
         rows |= dict.fromkeys(("B", "D", "stride_q", "stride_p", "num_tiles", "max_group"), "i32")
         launch = {"num_warps": similarity_kernel.FINISH_WARPS}
-        for tiles in FINISH_TILES:
-            sizes = {"BLOCK_TILES": tiles, "BLOCK_D": 4096}
-            name = f"finish, {dtype}, {tiles} tiles"
-            found.append((name, similarity_kernel.finish_kernel, rows | sizes, launch, False))
+        sizes = {"BLOCK_TILES": similarity_kernel.FINISH_TILES, "BLOCK_D": 4096}
+        found.append((f"finish, {dtype}", similarity_kernel.finish_kernel, rows | sizes, launch, False))
         rows = dict.fromkeys(("hidden", "grad_hidden"), f"*{dtype}") | {"last": "*i64", "eps": "fp32", "D": "i32"}
         rows |= dict.fromkeys(("out", "norm", "grad_out"), "*fp32") | {"stride_t": "i32", "BLOCK_D": 4096}
         launch = {"num_warps": last_token_kernel.NUM_WARPS}

@@ -434,7 +434,7 @@ def test_rows_shorter_than_eps_are_divided_by_eps():
     weight_SD = torch.randn(2, 16, generator=torch.Generator().manual_seed(1)).to(DEVICE)
     results = []
     for impl in ("triton", "torch"):
-        leaf = hidden_TD.to(DEVICE).requires_grad_()
+        leaf = hidden_TD.clone().to(DEVICE).requires_grad_()
         out = gather_last_token(leaf, torch.tensor([1, 3], device=DEVICE), eps=0.1, impl=impl)
         (out * weight_SD).sum().backward()
         results.append((out.detach(), leaf.grad))
@@ -463,7 +463,7 @@ def test_gather_and_similarity_in_one_call(mask):
     arguments = (last_S, *(x.to(DEVICE) for x in inputs[2:]), scale, None if copies_P is None else copies_P.to(DEVICE))
     results = []
     for impl in ("triton", "torch"):
-        leaf = hidden_TD.to(DEVICE).requires_grad_()
+        leaf = hidden_TD.clone().to(DEVICE).requires_grad_()
         logits_C, rest_B = gather_similarity(leaf, *arguments, **options, impl=impl)
         some_B = rest_B > -math.inf
         assert bool(some_B.any()) == (mask != "no_rest")
@@ -514,7 +514,7 @@ def test_compiles_as_one_graph():
 
     values = []
     for call in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
-        leaves = [x.to(DEVICE).requires_grad_() for x in inputs[:2]]
+        leaves = [x.clone().to(DEVICE).requires_grad_() for x in inputs[:2]]
         value = call(*leaves)
         value.backward()
         values.append((value.detach(), *(leaf.grad for leaf in leaves)))

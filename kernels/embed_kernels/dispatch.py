@@ -95,7 +95,10 @@ def similarity(
 
     if max_group is None:
         max_group = int(group_offsets.diff().max()) if len(query_BD) else 0
-    scale = torch.as_tensor(scale).to(query_BD.device, torch.float32)
+    if isinstance(scale, Tensor):
+        scale = scale.to(query_BD.device, torch.float32)
+    else:  # filled on the device: a copy from the host would wait for it
+        scale = torch.full((), scale, device=query_BD.device, dtype=torch.float32)
     exclude, require = (
         tuple(key.contiguous() for key in keys) if keys else (None, None) for keys in (exclude_keys, require_keys)
     )
