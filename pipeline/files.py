@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,8 @@ def sync(path: Path) -> None:
 
 def write_atomic(path: Path, write: Callable[[Path], Any]) -> None:
     """Let `write` fill a temporary file, which takes the name `path` only when all of it is on disk."""
-    temporary = path.with_name(path.name + ".tmp")
+    # No other process writes to this name, not even one that a killed run has left behind.
+    temporary = path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}.tmp")
     write(temporary)
     sync(temporary)
     os.replace(temporary, path)
