@@ -11,6 +11,7 @@ The store's folder must then be on a file system that all nodes see.
 """
 
 import argparse
+import errno
 import logging
 import os
 import sys
@@ -18,7 +19,7 @@ import time
 from collections.abc import Sequence
 
 from pipeline.data.building import build_store
-from pipeline.data.parallel import mpi_size, open_pool, serve_first_rank
+from pipeline.data.parallel import INTERRUPTED, mpi_size, open_pool, serve_first_rank
 from pipeline.data.summary import summarize
 from pipeline.settings import load_settings
 
@@ -68,11 +69,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             settings = load_settings(args.config, args.overrides)
             manifest, built = build_store(settings, pool, args.overwrite, bars=True)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        full = isinstance(error, OSError) and error.errno == errno.ENOSPC
+        remedy = ", where data.store lies; free some and run the same command, which goes on" if full else ""
+        print(f"error: {error}{remedy}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from here", file=sys.stderr)
-        return 130
+        return INTERRUPTED
     if not built:
         print(f"{settings.data.store}: up to date ({manifest.counts['rows']:,} rows)")
         return 0

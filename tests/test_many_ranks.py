@@ -84,6 +84,25 @@ def test_a_killed_rank_ends_the_job_and_the_next_run_completes(tiny_training: Pa
     shutil.rmtree(store)
 
 
+def test_one_interrupt_ends_the_job(tiny_training: Path, truth: dict[str, str]) -> None:
+    """Sent to every rank, as Ctrl-C and a scheduler do."""
+    store = tiny_training.parent / "store"
+    job = subprocess.Popen(
+        command(tiny_training, 3), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    work, deadline = store.with_name("store.partial"), time.monotonic() + 120
+    while not any(work.glob("units-*/*.json")) and time.monotonic() < deadline:
+        time.sleep(0.002)
+    for pid in descendants(job.pid):
+        if str(PREPROCESS) in command_line(pid) and "hydra" not in command_line(pid):
+            os.kill(pid, signal.SIGINT)
+    _, errors = job.communicate(timeout=60)
+    assert job.returncode != 0 and "Traceback" not in errors, errors
+    assert run(tiny_training, 2).returncode == 0
+    assert file_digests(store) == truth
+    shutil.rmtree(store)
+
+
 def descendants(pid: int) -> list[int]:
     children = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
     return [found for child in children for found in (child, *descendants(child))]

@@ -203,3 +203,13 @@ def test_many_negatives_a_long_text_and_control_characters() -> None:
     assert parse_row(b'{"query": "a\x00b", "pos": ["p"]}') == "not JSON"
     assert parse_row('{"query": "é", "pos": ["p"]}'.encode("utf-16")) == "not UTF-8"
     assert parse_row('{"query": "é", "pos": ["p"]}'.encode("latin-1")) == "not UTF-8"
+
+
+def test_a_text_that_would_fill_the_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(raw, "MAX_TEXT_CHARS", 100)
+    fine, long = "x" * 100, "x" * 101
+    assert not isinstance(parse_row(json.dumps({"query": fine, "pos": [fine], "neg": [fine]}).encode()), str)
+    assert parse_row(json.dumps({"query": long, "pos": ["p"]}).encode()) == "query of more than 100 characters"
+    for field in ("pos", "neg"):
+        row = {"query": "q", "pos": ["p"], field: ["a", long]}
+        assert parse_row(json.dumps(row).encode()) == f"a text of more than 100 characters in {field}"

@@ -21,6 +21,7 @@ from tqdm import tqdm
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
+INTERRUPTED = 130  # exit code after Ctrl-C
 _WAITING_PER_PROCESS = 2
 _WAITING_BYTES = 1 << 30
 _PR_SET_PDEATHSIG = 1
@@ -62,8 +63,11 @@ def serve_first_rank() -> bool:
     from mpi4py.futures import MPICommExecutor
 
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    with MPICommExecutor(_communicator(), root=0):
-        pass
+    try:
+        with MPICommExecutor(_communicator(), root=0):
+            pass
+    except KeyboardInterrupt:
+        _communicator().Abort(INTERRUPTED)  # the first rank would wait for this one's answer
     return True
 
 
@@ -90,7 +94,11 @@ def open_pool(processes: int) -> Iterator[Executor | None]:
 
         with MPICommExecutor(_communicator(), root=0) as ranks:
             assert isinstance(ranks, Executor), "only the first rank comes here"
-            yield ranks
+            try:
+                yield ranks
+            except KeyboardInterrupt:
+                print("interrupted; the same command goes on from here", file=sys.stderr, flush=True)
+                _communicator().Abort(INTERRUPTED)
         return
     if processes == 1:
         yield None
@@ -106,6 +114,7 @@ def open_pool(processes: int) -> Iterator[Executor | None]:
 
 def _end_with(parent: int) -> None:
     """Let the kernel end this process when its parent is killed: nobody would be there to end it (Linux)."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent alone answers it
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:

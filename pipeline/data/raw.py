@@ -12,6 +12,7 @@ from pipeline.settings import ColumnSettings
 
 FIELDS = tuple(f.name for f in fields(ColumnSettings))
 MAX_LINE_BYTES = 256 << 20  # a file without newlines must not fill the memory
+MAX_TEXT_CHARS = 8_000_000  # tokenizing needs a hundred times that in memory, and a limit keeps some hundred tokens
 _LISTS = ("pos", "neg", "pos_scores", "neg_scores")
 _MAX_SCORE = 3.4e38
 _OWN_NAMES = ColumnSettings()
@@ -158,6 +159,8 @@ def _text(row: dict[str, Any], key: str) -> str | _Fault:
     if not isinstance(value, str):
         return _Fault(f"{key} is not a string but {_kind(value)}")
     value = value.strip()
+    if len(value) > MAX_TEXT_CHARS:
+        return _Fault(f"{key} of more than {MAX_TEXT_CHARS:,} characters")
     return value or _Fault(f"empty {key}")
 
 
@@ -173,6 +176,8 @@ def _texts(row: dict[str, Any], key: str) -> tuple[str, ...] | _Fault:
         if not isinstance(value, str):
             return _Fault(f"{key} holds {_kind(value)} instead of a string")
     texts = tuple([value.strip() for value in values])
+    if any(len(text) > MAX_TEXT_CHARS for text in texts):
+        return _Fault(f"a text of more than {MAX_TEXT_CHARS:,} characters in {key}")
     return texts if all(texts) else _Fault(f"an empty text in {key}")
 
 
