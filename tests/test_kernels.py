@@ -545,6 +545,72 @@ def test_impossible_choices_are_errors(monkeypatch):
     dispatch._choose_once.cache_clear()
 
 
+@pytest.mark.parametrize("impl", ["triton", "torch"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"candidate_C": [0, 1, 9]}, "candidate_C holds 9, must lie in 0..8"),
+        ({"candidate_C": [0, -1, 2]}, "candidate_C holds -1, must lie in 0..8"),
+        ({"candidate_C": [[0, 1, 2]]}, r"candidate_C has shape \(1, 3\), must be \('any',\)"),
+        ({"group_offsets": [0, 3]}, r"group_offsets has shape \(2,\), must be \(3,\)"),
+        ({"group_offsets": [1, 2, 3]}, "group_offsets must rise from 0 to the number of candidates, 3"),
+        ({"group_offsets": [0, 4, 3]}, "group_offsets must rise"),
+        ({"group_offsets": [0, 1, 2]}, "group_offsets must rise"),
+        ({"copies_P": [1]}, r"copies_P has shape \(1,\), must be \(9,\)"),
+        ({"max_group": 1}, "max_group=1 is less than the longest group, 2"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_errors(impl, change, message):
+    if ON_GPU and ("holds" in message or "rise" in message or "max_group" in change):
+        pytest.skip("values are read on the CPU only")
+    if impl == "torch" and "max_group" in change:
+        pytest.skip("the twin does not use it")
+    arguments = {"candidate_C": [0, 1, 2], "group_offsets": [0, 2, 3], "copies_P": [1] * 9} | change
+    tensors = {
+        name: value if isinstance(value, int) else torch.tensor(value, dtype=torch.int32, device=DEVICE)
+        for name, value in arguments.items()
+    }
+    query_BD, passage_PD = torch.randn(2, 16, device=DEVICE), torch.randn(9, 16, device=DEVICE)
+    with pytest.raises(ValueError, match=message):
+        similarity(query_BD, passage_PD, scale=2.0, **tensors, impl=impl)
+
+
+def test_shapes_that_do_not_fit_are_errors():
+    query_BD, passage_PD = torch.randn(2, 16), torch.randn(9, 16)
+    rest = (torch.tensor([0, 1, 2]).int(), torch.tensor([0, 2, 3]).int(), 2.0, torch.ones(9).int())
+    for width in (15, 17):
+        with pytest.raises(ValueError, match=r"passage_PD has shape .*, must be \('any', 16\)"):
+            similarity(query_BD, torch.randn(9, width), *rest)
+    keys = (torch.zeros(2).int(), torch.zeros(9).int())
+    for name in ("exclude_keys", "require_keys"):
+        with pytest.raises(ValueError, match=rf"{name}\[0\] has shape \(9,\), must be \(2,\)"):
+            similarity(query_BD, passage_PD, *rest, **{name: keys[::-1]})
+    with pytest.raises(ValueError, match=r"threshold_B has shape \(1,\), must be \(2,\)"):
+        similarity(query_BD, passage_PD, *rest, threshold_B=torch.zeros(1))
+    with pytest.raises(ValueError, match=r"scale has shape \(2,\), must be one number"):
+        similarity(query_BD, passage_PD, *rest[:2], torch.ones(2), rest[3])
+    with pytest.raises(ValueError, match="copies_P is on meta, must be on cpu"):
+        similarity(query_BD, passage_PD, *rest[:3], torch.ones(9, device="meta").int())
+    with pytest.raises(ValueError, match="last_token_S holds 2, must lie in 0..1"):
+        gather_last_token(query_BD, torch.tensor([2]))
+    with pytest.raises(ValueError, match=r"hidden_TD has shape \(1, 2, 16\)"):
+        gather_last_token(query_BD[None], torch.tensor([1]))
+    with pytest.raises(ValueError, match="group_offsets names 2 queries, last_token_S 1 sequences"):
+        gather_similarity(query_BD, torch.tensor([1]), *rest)
+
+
+@pytest.mark.parametrize("impl", ["triton", "torch"])
+def test_without_passages_or_rows(impl):
+    none = torch.empty(0, dtype=torch.int32, device=DEVICE)
+    query_BD = torch.randn(2, 16, device=DEVICE)
+    logits_C, rest_B = similarity(query_BD, query_BD[:0], none, torch.zeros(3).int().to(DEVICE), 2.0, none, impl=impl)
+    assert len(logits_C) == 0 and rest_B.tolist() == [-math.inf] * 2
+    offsets = torch.zeros(1, dtype=torch.int32, device=DEVICE)
+    ones = torch.ones(2, dtype=torch.int32, device=DEVICE)
+    logits_C, rest_B = similarity(query_BD[:0], query_BD, none, offsets, 2.0, ones, impl=impl)
+    assert len(logits_C) == 0 and len(rest_B) == 0
+
+
 def test_the_choice_is_logged_once(caplog):
     dispatch._choose_once.cache_clear()
     with caplog.at_level("INFO"):

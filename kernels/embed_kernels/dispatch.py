@@ -24,13 +24,17 @@ def gather_last_token(hidden_TD: Tensor, last_token_S: Tensor, eps: float = 1e-1
 
     Args:
         hidden_TD: packed hidden states of any floating type.
-        last_token_S: int64 index of each sequence's last token; all different.
+        last_token_S: int64 index of each sequence's last token; all different, each below T (on a GPU neither is
+            checked: that would wait for the device).
         eps: rows shorter than this are divided by it instead, as torch.nn.functional.normalize does.
         impl: "triton" raises where it cannot run; "auto" takes it where it can, else "torch".
 
     Returns:
         embeddings_SD in fp32 (fp64 for fp64 input), each row of length 1.
     """
+    _require_shape("hidden_TD", hidden_TD, (None, None), hidden_TD.device)
+    _require_shape("last_token_S", last_token_S, (None,), hidden_TD.device)
+    _require_range("last_token_S", last_token_S, len(hidden_TD))
     if _choose(impl, hidden_TD.device, hidden_TD.dtype, "last-token gather") == "torch":
         return reference.gather_last_token(hidden_TD, last_token_S, eps)
     from embed_kernels.last_token_kernel import last_token
@@ -65,21 +69,27 @@ def similarity(
             case (fp64 for fp64, which only "torch" takes).
         candidate_C, group_offsets: the rows' own candidates as indices into the passages; row b holds those from
             group_offsets[b] to group_offsets[b + 1] (B + 1 of them). These, copies and keys are int32, which take half
-            the registers.
-        scale: 1 / temperature; a tensor of no dimensions may be learned.
+            the registers. Their values are checked on the CPU only: on a GPU that would wait for the device.
+        scale: 1 / temperature, not 0; a tensor of no dimensions may be learned.
         copies_P: over all rows of all ranks, how many candidates are a copy of passage p; None where in-batch and
             cross-device candidates take no part, which makes the second result -inf (and leaves PyTorch the work).
         exclude_keys: (key_B, key_P): passages whose key equals the row's take no part in the second result.
             With text ids as keys these are the duplicates of the row's positive.
         require_keys: (key_B, key_P): only passages whose key equals the row's take part (one task, one language).
         threshold_B: passages more similar (before scaling) than this take no part: suspected false negatives.
-        max_group: length of the longest group, where the caller knows it; otherwise it is read from the device.
+        max_group: length of the longest group or more, where the caller knows it (less is wrong, and checked on the CPU
+            only); otherwise it is read from the device.
         impl: "triton" raises where it cannot run; "auto" takes it where it can, else "torch".
         workspace_bytes: bound on the one matrix of rows x passages that backward holds, chunk by chunk ("triton").
 
     Returns:
         logits_C (scaled similarities of the own groups) and rest_lse_B (natural log; -inf where nothing is left).
     """
+    _require_shapes(query_BD, passage_PD, candidate_C, group_offsets, copies_P, exclude_keys, require_keys)
+    if threshold_B is not None:
+        _require_shape("threshold_B", threshold_B, (len(query_BD),), query_BD.device)
+    if isinstance(scale, Tensor) and scale.numel() != 1:
+        raise ValueError(f"scale has shape {tuple(scale.shape)}, must be one number")
     if query_BD.dtype != passage_PD.dtype:
         raise ValueError(f"queries are {query_BD.dtype}, passages {passage_PD.dtype}; convert one of them")
     for name, integers in _integers(candidate_C, group_offsets, copies_P, exclude_keys, require_keys).items():
@@ -93,8 +103,11 @@ def similarity(
         )
     from embed_kernels.similarity_kernel import similarity as operator
 
-    if max_group is None:
-        max_group = int(group_offsets.diff().max()) if len(query_BD) else 0
+    if max_group is None or (query_BD.device.type == "cpu" and not torch.compiler.is_compiling()):
+        longest = int(group_offsets.diff().max()) if len(query_BD) else 0
+        if max_group is not None and max_group < longest:
+            raise ValueError(f"max_group={max_group} is less than the longest group, {longest}")
+        max_group = longest
     if isinstance(scale, Tensor):
         scale = scale.to(query_BD.device, torch.float32)
     else:  # filled on the device: a copy from the host would wait for it
@@ -116,6 +129,52 @@ def similarity(
         workspace_bytes,
     )
     return logits_C, lse_B
+
+
+def _require_shape(name: str, tensor: Tensor, shape: tuple[int | None, ...], device: torch.device) -> None:
+    """ValueError unless the tensor has this shape (None: any length) and lies on this device."""
+    wanted = tuple("any" if size is None else size for size in shape)
+    if tensor.dim() != len(shape) or any(n not in (None, m) for n, m in zip(shape, tensor.shape, strict=True)):
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}, must be {wanted}")
+    if tensor.device != device:
+        raise ValueError(f"{name} is on {tensor.device}, must be on {device}")
+
+
+def _require_range(name: str, indices: Tensor, size: int) -> None:
+    """ValueError for an index out of range, where looking costs nothing."""
+    if indices.device.type == "cpu" and indices.numel() and not torch.compiler.is_compiling():
+        low, high = int(indices.min()), int(indices.max())
+        if low < 0 or high >= size:
+            raise ValueError(f"{name} holds {low if low < 0 else high}, must lie in 0..{size - 1}")
+
+
+def _require_shapes(
+    query_BD: Tensor,
+    passage_PD: Tensor,
+    candidate_C: Tensor,
+    group_offsets: Tensor,
+    copies_P: Tensor | None,
+    exclude_keys: tuple[Tensor, Tensor] | None,
+    require_keys: tuple[Tensor, Tensor] | None,
+) -> None:
+    device = query_BD.device
+    _require_shape("query_BD", query_BD, (None, None), device)
+    B, D = query_BD.shape
+    _require_shape("passage_PD", passage_PD, (None, D), device)
+    P = len(passage_PD)
+    _require_shape("candidate_C", candidate_C, (None,), device)
+    _require_shape("group_offsets", group_offsets, (B + 1,), device)
+    if copies_P is not None:
+        _require_shape("copies_P", copies_P, (P,), device)
+    for name, keys in (("exclude_keys", exclude_keys), ("require_keys", require_keys)):
+        if keys is not None:
+            _require_shape(f"{name}[0]", keys[0], (B,), device)
+            _require_shape(f"{name}[1]", keys[1], (P,), device)
+    _require_range("candidate_C", candidate_C, P)
+    if device.type == "cpu" and not torch.compiler.is_compiling():
+        rising = bool((group_offsets.diff() >= 0).all())
+        if int(group_offsets[0]) != 0 or int(group_offsets[-1]) != len(candidate_C) or not rising:
+            raise ValueError(f"group_offsets must rise from 0 to the number of candidates, {len(candidate_C)}")
 
 
 def _integers(
@@ -153,6 +212,8 @@ def gather_similarity(
     """
     embeddings_SD = gather_last_token(hidden_TD, last_token_S, impl=impl)
     num_queries = len(group_offsets) - 1
+    if num_queries > len(embeddings_SD):
+        raise ValueError(f"group_offsets names {num_queries} queries, last_token_S {len(embeddings_SD)} sequences")
     return similarity(
         embeddings_SD[:num_queries],
         embeddings_SD[num_queries:],
@@ -166,6 +227,11 @@ def gather_similarity(
         max_group=max_group,
         impl=impl,
     )
+
+
+def require_impl(impl: Impl, device: torch.device, dtype: torch.dtype) -> None:
+    """ValueError if the calls could not run as asked for: what a program checks before hours of other work."""
+    _choose(impl, device, dtype, "embedding")
 
 
 @torch.compiler.assume_constant_result
@@ -194,8 +260,11 @@ def _triton_fault(device: torch.device, dtype: torch.dtype) -> str:
     if dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"it has no {dtype}"
     if device.type == "cpu":
-        interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-        return "" if interpreted else "the tensors are on the CPU (TRITON_INTERPRET=1 runs it there, slowly)"
+        if os.environ.get("TRITON_INTERPRET") != "1":
+            return "the tensors are on the CPU (TRITON_INTERPRET=1 runs it there, slowly)"
+        from embed_kernels.similarity_kernel import INTERPRETED
+
+        return "" if INTERPRETED else "TRITON_INTERPRET=1 was set after Triton had been imported"
     if device.type != "cuda" or torch.version.cuda is None:
         return f"{device} is not an NVIDIA GPU"
     if torch.cuda.get_device_capability(device) < (9, 0):

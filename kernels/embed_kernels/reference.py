@@ -44,6 +44,8 @@ def similarity(
     if copies_P is None:
         logits_C = (query_BD[row_C] * passage_PD[candidate_C]).sum(dim=1) * scale
         return logits_C, torch.full_like(query_BD[:, 0], float("-inf"))
+    if len(passage_PD) == 0:
+        return query_BD.new_empty(0), torch.full_like(query_BD.sum(dim=1), float("-inf"))
     cosine_BP = query_BD @ passage_PD.T
     scores_BP = cosine_BP * scale
     logits_C = scores_BP[row_C, candidate_C]

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PretrainedConfig
 
-from embed_kernels import Impl, gather_last_token
+from embed_kernels import Impl, gather_last_token, require_impl
 from pipeline.model.attention import register_packed_attention
 from pipeline.model.last_layer import keep_last_rows
 from pipeline.settings import LoraSettings, ModelSettings
@@ -110,6 +110,7 @@ def load_encoder(
         softcap = getattr(config, "attn_logit_softcapping", None)
         causal = model.attention == "causal"
         attention = register_packed_attention(model.attention_kernel, causal, device_type, model.dtype, softcap)
+        require_impl(model.embed_kernels, torch.device(device_type), torch.float32)
         _require_packable(config)
         decoder = AutoModel.from_pretrained(
             model.name, config=config, dtype=DTYPES[model.dtype], attn_implementation=attention
