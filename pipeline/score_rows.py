@@ -29,8 +29,8 @@ from pipeline.data.derived import choose_datasets, require_distinct_files, rows_
 from pipeline.data.store import MANIFEST, TokenStore, open_store
 from pipeline.data.summary import align
 from pipeline.files import file_sha256, write_text
+from pipeline.mining.block_store import BLOCK_ITEMS
 from pipeline.mining.scoring import (
-    BLOCK_ITEMS,
     LOCK,
     TEMPERATURES,
     describe,

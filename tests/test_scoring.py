@@ -28,6 +28,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from pipeline.data import columns
 from pipeline.data.store import open_store
 from pipeline.mining.scoring import LOCK, Scores, describe, group_entropy, locked
 from pipeline.mining.teacher import find_kind, load_teacher
@@ -245,16 +246,16 @@ def test_the_written_recipe_makes_a_store_with_the_scores(
 
 DRIVER = """
 import os, signal, sys
-import pipeline.mining.scoring as scoring
+from pipeline.data import columns
 from pipeline.score_rows import parse_arguments, score_rows
-calls, write = [], scoring.write_atomic
+calls, write = [], columns.write_atomic
 def die_inside(path, fill):
     calls.append(path)
     if len(calls) == {killed_at}:
         fill(path.with_name(path.name + ".tmp"))
         os.kill(os.getpid(), signal.SIGKILL)
     write(path, fill)
-scoring.write_atomic = die_inside
+columns.write_atomic = die_inside
 score_rows(parse_arguments(sys.argv[1:]), block_items=16)
 """
 
@@ -275,14 +276,12 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(
     killed = subprocess.run([sys.executable, "-c", code, *arguments("killed")], env=env, capture_output=True, text=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     work = tmp_path / "killed/.unfinished-normal.jsonl"
-    assert len(list(work.glob("*.npy"))) == KILLED_AT - 1
+    assert len(list(work.glob("*.safetensors"))) == KILLED_AT - 1
     assert not (tmp_path / "killed/normal.jsonl").exists()
 
-    from pipeline.mining import scoring
-
     written = []
-    write = scoring.write_atomic
-    monkeypatch.setattr(scoring, "write_atomic", lambda path, fill: (written.append(path.name), write(path, fill)))
+    write = columns.write_atomic
+    monkeypatch.setattr(columns, "write_atomic", lambda path, fill: (written.append(path.name), write(path, fill)))
     score_rows(parse_arguments(arguments("killed")), block_items=16)
     num_resumed = len(written)
     score_rows(parse_arguments(arguments("whole")), block_items=16)
@@ -327,6 +326,39 @@ def test_files_of_others_are_not_overwritten(
         assert "holds other files" in capsys.readouterr().err
         assert not (out / LOCK).exists()
     assert {path: path.read_bytes() for path in [recipe, *raw.iterdir()]} == before
+
+
+FEW_FILES = """
+import resource, sys
+from pathlib import Path
+import numpy as np
+from fake_store import make_store
+from pipeline.mining.scoring import score_dataset
+from pipeline.mining.teacher import PairTeacher, TextTeacher
+rows = [{"query": f"q{i}", "pos": [f"p{i}"], "neg": [f"n{i}", "same"]} for i in range(100)]
+store = make_store({"d": ("normal", rows)})
+table = store.datasets[0]
+def embed(texts, instruction, as_query):
+    return np.array([[len(t), sum(map(ord, t))] for t in texts], np.float32), np.array([t == "q7" for t in texts])
+def score(queries, passages):
+    return (embed(queries, "", True)[0] * embed(passages, "", False)[0]).sum(1)[:, None], embed(queries, "", True)[1]
+resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))
+teachers = PairTeacher("cross_encoder", "logits", None, score), TextTeacher("embedder", "cosine", {}, False, embed)
+for teacher, items, cut in zip(teachers, (300, 301), (3, 1)):
+    found = score_dataset(store, table, teacher, Path(sys.argv[1]) / teacher.kind, False, 2)
+    assert (found.num_items, found.num_cut) == (items, cut)
+    for side, text in ((found.pos_score, table.pos_text), (found.neg_score, table.neg_text)):
+        query = np.repeat(table.query_text_N, len(text) // 100).tolist()
+        wanted = score([store.text(i) for i in query], [store.text(i) for i in text.tolist()])[0][:, 0]
+        assert np.array_equal(side, wanted)
+"""
+
+
+def test_more_blocks_than_a_process_may_open_files(tmp_path: Path) -> None:
+    env = environment() | {"PYTHONPATH": f"{REPOSITORY}:{REPOSITORY}/kernels:{REPOSITORY}/tests"}
+    ran = subprocess.run([sys.executable, "-c", FEW_FILES, str(tmp_path)], env=env, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    assert [len(list(folder.iterdir())) for folder in sorted(tmp_path.iterdir())] == [150, 151]
 
 
 def slow_entropy(scores: list[float], temperature: float) -> float:
@@ -410,7 +442,7 @@ def test_scores_that_are_not_finite_are_an_error(
     model.save_pretrained(tmp_path / "broken")
     arguments = ["--config", str(recipe), "--teacher", str(tmp_path / "broken"), "--out", str(tmp_path / "out")]
     assert main(arguments) == 2
-    assert "scores that are not finite" in capsys.readouterr().err
+    assert "numbers that are not finite" in capsys.readouterr().err
     assert not (tmp_path / "out/normal.jsonl").exists()
 
 

@@ -8,23 +8,22 @@ import fcntl
 import hashlib
 import json
 import shutil
-import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from pipeline.data.derived import kept_rows
 from pipeline.data.store import DatasetTable, TokenStore
 from pipeline.datatypes import RULES
-from pipeline.files import file_sha256, write_atomic, write_text
-from pipeline.mining.teacher import PairTeacher, Scored, Teacher, TextTeacher
+from pipeline.files import file_sha256, write_text
+from pipeline.mining.block_store import Scored, fill_blocks
+from pipeline.mining.folder import progress_bar
+from pipeline.mining.teacher import PairTeacher, Teacher, TextTeacher
 
-BLOCK_ITEMS = 1024
 LOCK = ".lock"
 COSINES_AT_ONCE = 8192
 TEMPERATURES = (0.02, 0.1, 0.5, 1.0, 2.0, 5.0, 10.0)  # 1 is the trainer's
@@ -56,7 +55,7 @@ def score_dataset(
         block_items: pairs or texts of one block.
 
     Raises:
-        ValueError: the teacher gave a score that is not finite.
+        ValueError: the teacher gives what is not finite.
     """
     num_pos_N, num_neg_N = np.diff(table.pos_offsets), np.diff(table.neg_offsets)
     row_C = np.concatenate([np.repeat(np.arange(table.num_rows), num_N) for num_N in (num_pos_N, num_neg_N)])
@@ -66,11 +65,6 @@ def score_dataset(
     else:
         found = _score_cosines(store, table, row_C, passage_C, teacher, work, bars, block_items)
     score_C, num_items, num_cut = found
-    if num_bad := int((~np.isfinite(score_C)).sum()):
-        raise ValueError(
-            f"dataset {table.name!r}: the teacher gave {num_bad:,} scores that are not finite; its weights are damaged "
-            f"or overflow in their precision. Remove {work} before another try"
-        )
     split = len(table.pos_text)
     return Scores(score_C[:split], score_C[split:], num_items, num_cut)
 
@@ -92,9 +86,8 @@ def _score_pairs(
         query_I, passage_I = (ids.tolist() for ids in np.divmod(key_I[part], store.num_texts))
         return teacher.score([store.text(i) for i in query_I], [store.text(i) for i in passage_I])
 
-    blocks = run_blocks(work, len(key_I), block_items, compute, f"{table.name}: pairs" if bars else "")
-    value_I = np.concatenate([block["value"] for block in blocks])
-    return value_I[item_C], len(key_I), sum(int(block["cut"].sum()) for block in blocks)
+    values = fill_blocks(work, len(key_I), compute, f"{table.name}: pairs", bars, block_items)
+    return values.read(0, len(key_I))[item_C, 0], len(key_I), values.count_cut()
 
 
 def _score_cosines(
@@ -129,58 +122,14 @@ def _score_cosines(
         # Keys are sorted, so forms stand one after the other.
         return np.concatenate([v for v, _ in found]), np.concatenate([cut for _, cut in found])
 
-    blocks = run_blocks(work, len(key_I), block_items, compute, f"{table.name}: texts" if bars else "")
+    values = fill_blocks(work, len(key_I), compute, f"{table.name}: texts", bars, block_items)
     score_C = np.empty(len(row_C), dtype=np.float32)
-    starts = range(0, len(row_C), COSINES_AT_ONCE)
-    for start in tqdm(starts, desc=f"{table.name}: cosines", disable=not bars, mininterval=_interval(), unit="part"):
-        part = slice(start, start + COSINES_AT_ONCE)
-        left_CD, right_CD = (_gather(blocks, item_C[part], block_items) for item_C in (query_C, passage_C))
-        score_C[part] = np.einsum("cd,cd->c", left_CD, right_CD)
-    return score_C, len(key_I), sum(int(block["cut"].sum()) for block in blocks)
-
-
-def _gather(blocks: list[np.ndarray], item_C: np.ndarray, block_items: int) -> np.ndarray:
-    """Values of items from blocks of `block_items` each: float32 [C, D]."""
-    values_CD = np.empty((len(item_C), *blocks[0].dtype["value"].shape), dtype=np.float32)
-    block_C = item_C // block_items
-    for b in np.unique(block_C).tolist():
-        here = block_C == b
-        values_CD[here] = blocks[b]["value"][item_C[here] % block_items]
-    return values_CD
-
-
-def run_blocks(
-    work: Path, num_items: int, block_items: int, compute: Callable[[slice], Scored], title: str
-) -> list[np.ndarray]:
-    """Values of all items in memory-mapped blocks with fields `value` (float32, or float32 [D]) and `cut` (bool).
-
-    A block is written when it is finished, complete or absent, and never computed again. `title` names the progress
-    bar; "" shows none.
-    """
-    blocks = []
-    with tqdm(total=num_items, desc=title, disable=not title, mininterval=_interval(), unit="item") as progress:
-        for start in range(0, num_items, block_items):
-            part = slice(start, min(start + block_items, num_items))
-            path = work / f"{start:012d}.npy"
-            if not path.is_file():
-                value_I, cut_I = compute(part)
-                assert len(value_I) == len(cut_I) == part.stop - part.start
-                fields = np.dtype([("value", np.float32, value_I.shape[1:]), ("cut", np.bool_)])
-                block = np.empty(len(value_I), dtype=fields)
-                block["value"], block["cut"] = value_I, cut_I
-                write_atomic(path, lambda temporary, block=block: _save(temporary, block))  # type: ignore[misc]
-            blocks.append(np.load(path, mmap_mode="r"))
-            progress.update(part.stop - part.start)
-    return blocks
-
-
-def _save(path: Path, block: np.ndarray) -> None:
-    with path.open("wb") as file:
-        np.save(file, block)
-
-
-def _interval() -> float:
-    return 0.2 if sys.stderr.isatty() else 30.0
+    with progress_bar(len(row_C), f"{table.name}: cosines", "pair", bars) as bar:
+        for start in range(0, len(row_C), COSINES_AT_ONCE):
+            part = slice(start, min(start + COSINES_AT_ONCE, len(row_C)))
+            score_C[part] = np.einsum("cd,cd->c", values.take(query_C[part]), values.take(passage_C[part]))
+            bar.update(part.stop - part.start)
+    return score_C, len(key_I), values.count_cut()
 
 
 @contextmanager

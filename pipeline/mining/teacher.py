@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from pipeline.data.tokenizing import tokenize_pieces
+from pipeline.mining.block_store import Scored
 from pipeline.mining.embedding import quiet_transformers
 
 if TYPE_CHECKING:
@@ -22,13 +23,12 @@ if TYPE_CHECKING:
     from pipeline.inference.embedder import FewShotEmbedder
 
 Kind = Literal["cross_encoder", "sentence_transformer", "embedder"]
-Scored = tuple[np.ndarray, np.ndarray]  # float32 [N] or [N, D], and bool [N]: cut to the teacher's maximum length
 BATCH_SIZE = 32
 
 
 @dataclass(frozen=True)
 class PairTeacher:
-    """Reads query and passage together; `score(queries, passages)` gives one number a pair. Knows no instruction."""
+    """Reads query and passage together; `score(queries, passages)` gives D = 1. Knows no instruction."""
 
     kind: Kind
     scale: Literal["logits", "sigmoid"]
@@ -111,7 +111,7 @@ def load_judge(path: Path, store: "TokenStore", batch_size: int) -> Callable[[li
 
     def judge(pairs: list[tuple[int, int]]) -> np.ndarray:
         queries, passages = ([store.text(text) for text in side] for side in zip(*pairs, strict=True))
-        scores_N, _ = teacher.score(queries, passages)
+        scores_N = teacher.score(queries, passages)[0][:, 0]
         if not np.isfinite(scores_N).all():
             raise ValueError(f"--teacher {path} gives scores that are not finite; its weights are damaged")
         return scores_N
@@ -132,7 +132,7 @@ def _load_cross_encoder(path: Path, sigmoid: bool, batch_size: int) -> PairTeach
     def score(queries: Sequence[str], passages: Sequence[str]) -> Scored:
         pairs = list(zip(queries, passages, strict=True))
         scores_N = model.predict(pairs, batch_size=batch_size, show_progress_bar=False, activation_fn=activation)
-        return np.asarray(scores_N, dtype=np.float32), _is_cut(model, list(queries), list(passages))
+        return np.asarray(scores_N, dtype=np.float32)[:, None], _is_cut(model, list(queries), list(passages))
 
     return PairTeacher("cross_encoder", "sigmoid" if sigmoid else "logits", model.max_seq_length, score)
 
