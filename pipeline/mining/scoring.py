@@ -4,12 +4,7 @@ N rows, C candidates (all positives, then all negatives), I items that the teach
 width, G groups.
 """
 
-import fcntl
-import hashlib
-import json
-import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,12 +14,10 @@ import numpy as np
 from pipeline.data.derived import kept_rows
 from pipeline.data.store import DatasetTable, TokenStore
 from pipeline.datatypes import RULES
-from pipeline.files import file_sha256, write_text
 from pipeline.mining.block_store import Scored, fill_blocks
 from pipeline.mining.folder import progress_bar
-from pipeline.mining.teacher import PairTeacher, Teacher, TextTeacher
+from pipeline.mining.models import PairModel, TextModel, embed_texts
 
-LOCK = ".lock"
 COSINES_AT_ONCE = 8192
 TEMPERATURES = (0.02, 0.1, 0.5, 1.0, 2.0, 5.0, 10.0)  # 1 is the trainer's
 
@@ -42,7 +35,7 @@ class Scores:
 def score_dataset(
     store: TokenStore,
     table: DatasetTable,
-    teacher: Teacher,
+    teacher: PairModel | TextModel,
     work: Path,
     bars: bool,
     block_items: int,
@@ -60,7 +53,7 @@ def score_dataset(
     num_pos_N, num_neg_N = np.diff(table.pos_offsets), np.diff(table.neg_offsets)
     row_C = np.concatenate([np.repeat(np.arange(table.num_rows), num_N) for num_N in (num_pos_N, num_neg_N)])
     passage_C = np.concatenate([table.pos_text, table.neg_text])
-    if isinstance(teacher, PairTeacher):
+    if isinstance(teacher, PairModel):
         found = _score_pairs(store, table, row_C, passage_C, teacher, work, bars, block_items)
     else:
         found = _score_cosines(store, table, row_C, passage_C, teacher, work, bars, block_items)
@@ -74,7 +67,7 @@ def _score_pairs(
     table: DatasetTable,
     row_C: np.ndarray,
     passage_C: np.ndarray,
-    teacher: PairTeacher,
+    teacher: PairModel,
     work: Path,
     bars: bool,
     block_items: int,
@@ -95,7 +88,7 @@ def _score_cosines(
     table: DatasetTable,
     row_C: np.ndarray,
     passage_C: np.ndarray,
-    teacher: TextTeacher,
+    teacher: TextModel,
     work: Path,
     bars: bool,
     block_items: int,
@@ -114,13 +107,7 @@ def _score_cosines(
 
     def compute(part: slice) -> Scored:
         form_I, text_I = np.divmod(key_I[part], store.num_texts)
-        found = []
-        for form in np.unique(form_I).tolist():
-            texts = [store.text(i) for i in text_I[form_I == form].tolist()]
-            instruction = store.instructions[form - 1] if form and teacher.uses_instruction else ""
-            found.append(teacher.embed(texts, instruction, form > 0))
-        # Keys are sorted, so forms stand one after the other.
-        return np.concatenate([v for v, _ in found]), np.concatenate([cut for _, cut in found])
+        return embed_texts(teacher, store, text_I, form_I)
 
     values = fill_blocks(work, len(key_I), compute, f"{table.name}: texts", bars, block_items)
     score_C = np.empty(len(row_C), dtype=np.float32)
@@ -130,42 +117,6 @@ def _score_cosines(
             score_C[part] = np.einsum("cd,cd->c", values.take(query_C[part]), values.take(passage_C[part]))
             bar.update(part.stop - part.start)
     return score_C, len(key_I), values.count_cut()
-
-
-@contextmanager
-def locked(out: Path) -> Iterator[None]:
-    """Hold the output folder for this process; the lock goes with the process, however it ends."""
-    out.mkdir(parents=True, exist_ok=True)
-    with (out / LOCK).open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise ValueError(f"another process writes scores to {out}; wait for it, or choose another --out") from error
-        yield
-
-
-def open_work(work: Path, identity: Mapping[str, Any]) -> None:
-    """Create the folder of finished blocks, or check that it belongs to the same scoring; ValueError if not."""
-    record, text = work / "identity.json", json.dumps(identity, indent=1) + "\n"
-    if record.is_file() and record.read_text(encoding="utf-8") != text:
-        raise ValueError(
-            f"{work} holds the unfinished scores of another teacher or store; remove it, or choose another --out"
-        )
-    if not record.is_file():
-        # Blocks without an identity could be anyone's.
-        shutil.rmtree(work, ignore_errors=True)
-        work.mkdir(parents=True)
-        write_text(record, text)
-
-
-def folder_digest(folder: Path) -> str:
-    """One sha256 over names and bytes of all files of a model's folder: a retrained teacher is another teacher."""
-    lines = [
-        f"{path.relative_to(folder).as_posix()} {file_sha256(path)}"
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-    ]
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def scored_rows(store: TokenStore, table: DatasetTable, scores: Scores) -> Iterator[dict[str, Any]]:
