@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -32,11 +33,12 @@ from transformers import (
 
 from pipeline.data import columns
 from pipeline.data.store import open_store
+from pipeline.data.teacher_groups import group_entropy
 from pipeline.files import locked
 from pipeline.mining import models
 from pipeline.mining.folder import folder_digest, own_folder
 from pipeline.mining.models import find_kind
-from pipeline.mining.scoring import Scores, describe, group_entropy
+from pipeline.mining.scoring import Scores, describe
 from pipeline.preprocess import main as preprocess
 from pipeline.score_rows import judge, main, parse_arguments, score_rows
 from pipeline.settings import dump_settings, load_settings
@@ -353,13 +355,14 @@ def test_a_file_system_without_locks_is_not_taken_for_another_process(
     def refuse(*_: Any) -> None:
         raise OSError(errno.ENOSYS, "Function not implemented")
 
-    with locked(tmp_path / "new/lock", "somebody is here"):
-        with pytest.raises(ValueError, match="^somebody is here$"), locked(tmp_path / "new/lock", "somebody is here"):
-            pass
+    def hold() -> AbstractContextManager[None]:
+        return locked(tmp_path / "new/lock", "somebody is here")
+
+    with hold(), pytest.raises(ValueError, match="^somebody is here$"), hold():
+        pass
     monkeypatch.setattr(fcntl, "flock", refuse)
-    with pytest.raises(ValueError, match=r"lock cannot be locked \(Function not implemented\).* -o flock"):
-        with locked(tmp_path / "new/lock", "somebody is here"):
-            pass
+    with pytest.raises(ValueError, match=r"lock cannot be locked \(Function not implemented\).* -o flock"), hold():
+        pass
 
 
 def test_a_copied_teacher_is_the_same_and_hidden_files_are_none_of_it(cross_encoder: Path, tmp_path: Path) -> None:

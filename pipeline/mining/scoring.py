@@ -13,6 +13,7 @@ import numpy as np
 
 from pipeline.data.derived import kept_rows
 from pipeline.data.store import DatasetTable, TokenStore
+from pipeline.data.teacher_groups import group_entropy, group_scores
 from pipeline.datatypes import RULES
 from pipeline.mining.block_store import Scored, fill_blocks
 from pipeline.mining.folder import progress_bar
@@ -139,10 +140,11 @@ def describe(table: DatasetTable, scores: Scores) -> dict[str, Any]:
     entropy is that of softmax(scores / temperature) as a share of log(group size): 0 is one-hot, 1 is uniform.
     """
     score_C = np.concatenate([scores.pos_score, scores.neg_score])
-    group_score_C, offsets = _groups(table, scores)
+    with_negatives = np.flatnonzero(np.diff(table.neg_offsets))
+    group_score_C, offsets = group_scores(table, scores.pos_score, scores.neg_score, with_negatives)
     found: dict[str, Any] = {
         "rows": table.num_rows,
-        "rows_without_negatives": table.num_rows - (len(offsets) - 1),
+        "rows_without_negatives": table.num_rows - len(with_negatives),
         "candidates": len(score_C),
         "scored": scores.num_items,
         "truncated": scores.num_cut,
@@ -152,7 +154,7 @@ def describe(table: DatasetTable, scores: Scores) -> dict[str, Any]:
         "positive_first": None,
         "entropy": None,
     }
-    if len(offsets) > 1:
+    if len(with_negatives):
         is_positive_C = np.zeros(len(group_score_C), dtype=bool)
         is_positive_C[offsets[:-1]] = True
         best_negative_G = np.maximum.reduceat(np.where(is_positive_C, -np.inf, group_score_C), offsets[:-1])
@@ -162,26 +164,3 @@ def describe(table: DatasetTable, scores: Scores) -> dict[str, Any]:
             str(t): float((group_entropy(group_score_C, offsets, t) / log_size_G).mean()) for t in TEMPERATURES
         }
     return found
-
-
-def _groups(table: DatasetTable, scores: Scores) -> tuple[np.ndarray, np.ndarray]:
-    """Scores of all rows with negatives, float64: first positive, then the negatives; and offsets [G + 1]."""
-    num_neg_N = np.diff(table.neg_offsets)
-    row_G = np.flatnonzero(num_neg_N)
-    offsets = np.concatenate([[0], np.cumsum(num_neg_N[row_G] + 1)]).astype(np.int64)
-    group_score_C = np.empty(int(offsets[-1]), dtype=np.float64)
-    is_positive_C = np.zeros(len(group_score_C), dtype=bool)
-    is_positive_C[offsets[:-1]] = True
-    group_score_C[is_positive_C] = scores.pos_score[table.pos_offsets[row_G]]
-    group_score_C[~is_positive_C] = scores.neg_score
-    return group_score_C, offsets
-
-
-def group_entropy(score_C: np.ndarray, offsets: np.ndarray, temperature: float) -> np.ndarray:
-    """Entropy in nats of softmax(scores / temperature) of each group: [G]. Groups are not empty."""
-    starts, group_C = offsets[:-1], np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
-    logit_C = score_C / temperature
-    logit_C = logit_C - np.maximum.reduceat(logit_C, starts)[group_C]
-    weight_C = np.exp(logit_C)
-    total_G = np.add.reduceat(weight_C, starts)
-    return np.log(total_G) - np.add.reduceat(weight_C * logit_C, starts) / total_G
