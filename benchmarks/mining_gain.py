@@ -13,10 +13,12 @@ which no run trains on, zero-shot and few-shot. Mining's own reports stay in WOR
 
 import argparse
 import gzip
+import hashlib
 import importlib.util
 import json
 import os
 import random
+import shutil
 import socket
 import statistics
 import subprocess
@@ -127,10 +129,12 @@ def prepare(work: Path) -> dict[str, dict[str, float]]:
 
 
 def train_and_score(work: Path, arm: str, seed: int) -> Row:
-    """One run; a finished one is not repeated."""
+    """One run; a finished one on the same data, recipe and training code is not repeated."""
     out = work / f"run-{arm}-{seed}"
-    scores = out / "scores.json"
-    if not scores.is_file():
+    scores, record = out / "scores.json", out / "made_of.txt"
+    made_of = digest([*sorted((work / arm).glob("*")), RECIPE, *sorted((REPOSITORY / "pipeline").rglob("*.py"))])
+    if not (scores.is_file() and record.is_file() and record.read_text() == made_of):
+        shutil.rmtree(out, ignore_errors=True)
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = str(probe.getsockname()[1])
@@ -139,9 +143,18 @@ def train_and_score(work: Path, arm: str, seed: int) -> Row:
         run([*launch, "--config", str(RECIPE), *overrides, f"run.seed={seed}"])
         evaluate = [sys.executable, "pipeline/evaluate_embedder.py", "--run", str(out), "--task", str(TASK)]
         run([*evaluate, "--label", "after"])
+        record.write_text(made_of)
     found = {score["mode"]: score["value"] for score in json.loads(scores.read_text())}
     print(f"{arm} seed {seed}: zero-shot {found['zero_shot']:.4f}, few-shot {found['few_shot']:.4f}", flush=True)
     return {"arm": arm, "seed": seed, **found}
+
+
+def digest(paths: Sequence[Path]) -> str:
+    """sha256 over the bytes of files."""
+    found = hashlib.sha256()
+    for path in paths:
+        found.update(path.read_bytes())
+    return found.hexdigest()
 
 
 def measure(work: Path, seeds: int, jobs: int) -> Row:

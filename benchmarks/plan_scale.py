@@ -27,7 +27,7 @@ EPILOG = """examples:
   python benchmarks/plan_scale.py --rows 100000000 --work /scratch/plans
 """
 BLOCK_ROWS = 1 << 20
-NEGATIVES = 2
+NEGATIVES, NEAREST = 2, 4
 EDGES = (64, 128, 256, 512)
 TOKENS = PromptTokens((1,), (2,), (5,), (6,), (7, 7), (), (3, 4, 5), ((), (), ()))
 
@@ -58,11 +58,14 @@ def write_table(path: Path, num_rows: int) -> None:
         "pos_text": ("int64", num_rows),
         "neg_offsets": ("int64", num_rows + 1),
         "neg_text": ("int64", NEGATIVES * num_rows),
+        "nearest_offsets": ("int64", num_rows + 1),
+        "nearest_row": ("int64", NEAREST * num_rows),
     }
 
     def pieces() -> Iterator[tuple[str, int, np.ndarray]]:
         yield "pos_offsets", num_rows, np.array([num_rows])
         yield "neg_offsets", num_rows, np.array([NEGATIVES * num_rows])
+        yield "nearest_offsets", num_rows, np.array([NEAREST * num_rows])
         for start in range(0, num_rows, BLOCK_ROWS):
             row = np.arange(start, min(start + BLOCK_ROWS, num_rows))
             other = np.stack([permute(row, num_rows, mix_key(g)) for g in range(NEGATIVES)], axis=1)
@@ -75,6 +78,9 @@ def write_table(path: Path, num_rows: int) -> None:
             yield "pos_text", start, 2 * row + 1
             yield "neg_offsets", start, NEGATIVES * row
             yield "neg_text", NEGATIVES * start, (2 * other + 1).reshape(-1)
+            near = (row[:, None] + np.arange(1, NEAREST + 1)) % num_rows
+            yield "nearest_offsets", start, NEAREST * row
+            yield "nearest_row", NEAREST * start, near.reshape(-1)
 
     write_columns(path, columns, pieces())
 
@@ -82,7 +88,7 @@ def write_table(path: Path, num_rows: int) -> None:
 def open_lengths(path: Path, num_rows: int) -> LengthStore:
     """The table as one dataset in five buckets."""
     offsets = tuple(num_rows * j // (len(EDGES) + 1) for j in range(len(EDGES) + 2))
-    entry = DatasetEntry("rows", "normal", {}, "find", 8, {}, {}, offsets)
+    entry = DatasetEntry("rows", "normal", {"entry": "rows", "no_in_batch_neg": False}, "find", 8, {}, {}, offsets)
     piece = np.array([3, 9, 10, 6], dtype=np.int32)
     manifest = SimpleNamespace(tokens=TOKENS)
     return LengthStore(path, manifest, (open_table(path, entry),), ("find",), (piece,))
@@ -96,7 +102,7 @@ def measure(work: Path, num_rows: int, num_steps: int) -> dict[str, Any]:
         write_table(path, num_rows)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     modes: dict[str, dict[str, float]] = {}
-    for mode in ("in_batch", "pool", "fixed", "none"):
+    for mode in ("in_batch", "pool", "fixed", "nearest", "filler", "none"):
         batch = BatchSettings(examples=ExampleSettings(mode=mode))  # type: ignore[arg-type]
         settings = replace(Settings(), batch=batch, data=DataSettings(datasets=(DatasetSettings(name="rows"),)))
         start = time.perf_counter()
@@ -134,7 +140,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--rows", type=int, default=100_000_000)
     parser.add_argument("--steps", type=int, default=200, help="random steps planned in each mode")
-    parser.add_argument("--work", type=Path, default=Path("runs/prove/plans"), help="72 bytes a row")
+    parser.add_argument("--work", type=Path, default=Path("runs/prove/plans"), help="112 bytes a row")
     parser.add_argument("--out", type=Path, help="write the JSON here too")
     args = parser.parse_args(argv)
     result = measure(args.work, args.rows, args.steps)

@@ -157,7 +157,8 @@ def measure(work: Path, tokenizer: Path, num_rows: int, processes: int) -> dict[
     """One run of everything in a folder of its own."""
     work.mkdir(parents=True, exist_ok=True)
     raw, store = work / f"raw-{num_rows}.jsonl", work / "store"
-    shutil.rmtree(store, ignore_errors=True)
+    for leftover in (store, store.with_name(store.name + ".partial")):
+        shutil.rmtree(leftover, ignore_errors=True)
     if not raw.exists():
         write_source(raw, num_rows, known_words(tokenizer), processes)
     data = {"root": str(work), "store": str(store), "datasets": [{"name": "raw", "path": raw.name}]}

@@ -3,6 +3,7 @@
 import fcntl
 import hashlib
 import os
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,7 +30,8 @@ def sync(path: Path) -> None:
 
 def write_atomic(path: Path, write: Callable[[Path], Any]) -> None:
     """Let `write` fill a temporary file, which takes the name `path` only when all of it is on disk."""
-    temporary = path.with_name(path.name + ".tmp")
+    # No other process writes to this name, not even one that a killed run has left behind.
+    temporary = path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}.tmp")
     write(temporary)
     sync(temporary)
     os.replace(temporary, path)

@@ -1,9 +1,9 @@
 """The whole stage from raw files to the store: same bytes however it is run, one clear error for bad input."""
 
+import dataclasses
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -101,18 +101,82 @@ def tiny_units(recipe: Path) -> list[Any]:
 def test_killed_process_leaves_no_store_and_the_next_one_finishes(tiny_recipe: Recipe) -> None:
     recipe = tiny_recipe(rows=320)
     command = [sys.executable, str(REPOSITORY / "pipeline/preprocess.py"), "--config", str(recipe), "--processes", "2"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
-    units, deadline = recipe.parent / "store.partial/units", time.monotonic() + 120
-    while not any(units.glob("*.json")) and process.poll() is None and time.monotonic() < deadline:
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    work, deadline = recipe.parent / "store.partial", time.monotonic() + 120
+    while not any(work.glob("units-*/*.json")) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGKILL)
+    workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    process.kill()  # it alone, as the kernel does when memory runs out
     process.wait()
-    assert not store_of(recipe).exists() and any(units.glob("*.json")), "killed between the first unit and the end"
+    assert not store_of(recipe).exists() and any(work.glob("units-*/*.json")), "killed between first unit and end"
+    assert len(workers) >= 2 and all_end(workers, seconds=20), "its workers end with it"
     assert subprocess.run(command, capture_output=True, check=True).returncode == 0
     found = file_digests(store_of(recipe))
     shutil.rmtree(store_of(recipe))
     build_store(load_settings(recipe), None)
     assert file_digests(store_of(recipe)) == found
+
+
+def all_end(pids: list[str], seconds: float) -> bool:
+    """Whether the processes are gone, or dead and not yet collected, before the time is up."""
+    deadline = time.monotonic() + seconds
+    alive = set(pids)
+    while alive and time.monotonic() < deadline:
+        time.sleep(0.05)
+        for pid in sorted(alive):
+            try:
+                state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+            except FileNotFoundError:
+                state = "Z"
+            alive -= {pid} if state == "Z" else set()
+    return not alive
+
+
+def test_what_a_killed_run_still_writes_lands_where_nobody_reads(
+    tiny_recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another instruction after a kill: units of the first run must not be found by the second."""
+    recipe = tiny_recipe(data=only("entailment"))
+
+    def dies(*args: Any) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(building, "build_shard", dies)
+        build_store(load_settings(recipe), None, **SMALL)
+    old = list((recipe.parent / "store.partial").glob("units-*"))
+    real, seen = building.build_unit, []
+
+    def beside_an_old_writer(task: Any) -> Any:
+        for folder in old:  # removed by now; a process of the killed run makes it again
+            folder.mkdir(exist_ok=True)
+            (folder / f"{task.name}.json").write_text("{}")
+        seen.append(task.folder)
+        return real(task)
+
+    monkeypatch.setattr(building, "build_unit", beside_an_old_writer)
+    settings = load_settings(recipe)
+    changed = tuple(dataclasses.replace(d, instruction="Changed.") for d in settings.data.datasets)
+    changed_settings = dataclasses.replace(settings, data=dataclasses.replace(settings.data, datasets=changed))
+    manifest, _ = build_store(changed_settings, None, **SMALL)
+    assert seen and len(old) == 1 and str(old[0]) not in seen
+    assert manifest.datasets[0].instruction == "Changed." and manifest.counts["rows"] == 40
+
+
+def test_a_unit_of_another_range_is_built_again(tiny_recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = tiny_recipe(data=only("entailment"))
+
+    def dies(*args: Any) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(building, "build_shard", dies)
+        build_store(load_settings(recipe), None, **SMALL)
+    report = sorted((recipe.parent / "store.partial").glob("units-*/*.json"))[0]
+    report.write_text(json.dumps(json.loads(report.read_text()) | {"range": [0, 7], "num_rows": 99}))
+    manifest, _ = build_store(load_settings(recipe), None, **SMALL)
+    lines = (recipe.parent / "raw/entailment.jsonl").read_text().splitlines()
+    assert manifest.counts["rows"] + manifest.counts["quarantined"] == len(lines)
 
 
 def test_changed_raw_file_starts_an_interrupted_build_over(

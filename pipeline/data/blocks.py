@@ -96,6 +96,11 @@ def add_checksum(state: FileState) -> FileState:
     return replace(state, sha256=digest)
 
 
+def _require_all_unchanged(file: RawFile) -> None:
+    for part in file.parts:
+        _require_unchanged(part.path, part.num_bytes, part.mtime_ns)
+
+
 def _require_unchanged(path: str, num_bytes: int, mtime_ns: int) -> None:
     stat = Path(path).stat()
     if (stat.st_size, stat.st_mtime_ns) != (num_bytes, mtime_ns):
@@ -108,13 +113,13 @@ def iter_blocks(file: RawFile, block_bytes: int = BLOCK_BYTES) -> Iterator[Block
     Raises:
         ValueError: the file is damaged, or has changed since its checksum was taken.
     """
-    for part in file.parts:
-        _require_unchanged(part.path, part.num_bytes, part.mtime_ns)
+    _require_all_unchanged(file)
     size, mtime_ns = (file.parts[0].num_bytes, file.parts[0].mtime_ns) if file.parts else (0, 0)
     for start, stop, data in _cut(file, block_bytes):
+        if data is not None:  # the others are checked by who reads them
+            _require_all_unchanged(file)
         yield Block(file.path, file.kind, start, stop, size, mtime_ns, file.columns, data)
-    for part in file.parts:
-        _require_unchanged(part.path, part.num_bytes, part.mtime_ns)
+    _require_all_unchanged(file)
 
 
 def _cut(file: RawFile, block_bytes: int) -> Iterator[tuple[int, int, bytes | None]]:

@@ -6,6 +6,7 @@ tokenizer and raw files are the same. No file depends on the number of processes
 """
 
 import fcntl
+import hashlib
 import json
 import logging
 import os
@@ -13,7 +14,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -72,25 +73,24 @@ class BuildPlan:
     settings: Settings
     sources: tuple[Source, ...]
     work: Path  # <store>.partial
+    # Named by what decides their bytes: what a killed run's processes still write lands where nobody reads.
+    units: Path
+    rest: Path
     num_partitions: int
     block_bytes: int
     bars: bool
 
     @property
-    def units(self) -> Path:
-        return self.work / "units"
-
-    @property
     def rows(self) -> Path:
-        return self.work / "rows"
+        return self.rest / "rows"
 
     @property
     def reports(self) -> Path:
-        return self.work / "reports"
+        return self.rest / "reports"
 
     @property
     def target(self) -> Path:
-        return self.work / "store"
+        return self.rest / "store"
 
 
 def build_store(
@@ -136,15 +136,17 @@ def build_store(
             return require_up_to_date(store, full_identity(raw, settings, sources, loading.result())), False
         num_partitions = min(max(-(-text_bytes // partition_bytes), 1), _MAX_PARTITIONS)
         work = store.with_name(store.name + ".partial")
-        plan = BuildPlan(settings, sources, work, num_partitions, block_bytes, bars)
         with _locked(work):
             if not overwrite and store.exists() and not is_empty(store):
                 raise ValueError(f"another process has just built {store}; run again to compare it with the recipe")
-            _keep_or_clear(work, "raw.json", raw, (plan.units, plan.rows, plan.reports, plan.target))
+            units = _keep_one(work, "units", raw)
+            plan = BuildPlan(settings, sources, work, units, work, num_partitions, block_bytes, bars)
             reports = _build_units(plan, pool, loading)
             pt = loading.result()
             identity = full_identity(raw, settings, sources, pt)
-            _keep_or_clear(work, "identity.json", identity, (plan.rows, plan.reports, plan.target))
+            plan = replace(plan, rest=_keep_one(work, "rest", identity))
+            for folder in (plan.rows, plan.reports, plan.target):
+                folder.mkdir(exist_ok=True)
             manifest = _build(plan, pt, identity, reports, pool)
             _publish(plan, store)
             # Before the lock goes: another process may be waiting to build in this folder.
@@ -169,21 +171,20 @@ def _locked(work: Path) -> Iterator[None]:
         yield
 
 
-def _keep_or_clear(work: Path, name: str, identity: dict[str, Any], folders: Sequence[Path]) -> None:
-    """Keep what an interrupted build from the same inputs has put in `folders`; otherwise clear them, saying so."""
-    record, text = work / name, json.dumps(identity, indent=1)
-    used = any(folder.is_dir() and any(folder.iterdir()) for folder in folders)
-    if record.is_file() and record.read_text(encoding="utf-8") == text:
-        if used:
-            log.info("going on with the interrupted build in %s", work)
-    else:
-        if used:
-            log.info("starting over: what is in %s was made from other raw files or settings", work)
-        for folder in folders:
-            shutil.rmtree(folder, ignore_errors=True)
-    for folder in folders:
-        folder.mkdir(exist_ok=True)
-    write_text(record, text)
+def _keep_one(work: Path, stage: str, identity: dict[str, Any]) -> Path:
+    """The stage's folder for these inputs, with what an interrupted build has left there; others are removed."""
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+    wanted = work / f"{stage}-{digest}"
+    for other in sorted(work.glob(f"{stage}-*")):
+        if other != wanted:
+            log.info("starting over: %s was made from other raw files or settings", other)
+            shutil.rmtree(other)
+    if wanted.is_dir():
+        log.info("going on with the interrupted build in %s", wanted)
+        for leftover in wanted.rglob("*.tmp"):
+            leftover.unlink(missing_ok=True)
+    wanted.mkdir(exist_ok=True)
+    return wanted
 
 
 UnitReports = dict[str, dict[str, Any]]  # of one source, by unit name, in the order of the file
@@ -247,11 +248,11 @@ def _build_units(plan: BuildPlan, pool: Executor | None, loading: Future[PromptT
                     names[number].append(name)
                     if loading.done():
                         loading.result()
-                    if not (plan.units / f"{name}.json").is_file():
+                    if not _has_unit(plan.units / f"{name}.json", block):
                         yield _unit_task(plan, source, name, file_number, block)
 
     total = sum(-(-_text_bytes(file) // plan.block_bytes) for source in plan.sources for file in source.files)
-    run_tasks(pool, build_unit, tasks(), "A  parse and hash rows", plan.bars, total)
+    run_tasks(pool, build_unit, tasks(), "A  parse and hash rows", plan.bars, total, size=_bytes_carried)
     reports = [{name: _read_json(plan.units / f"{name}.json") for name in some} for some in names]
     for source, found in zip(plan.sources, reports, strict=True):
         share = plan.settings.preprocess.max_bad_row_share
@@ -259,8 +260,17 @@ def _build_units(plan: BuildPlan, pool: Executor | None, loading: Future[PromptT
     return reports
 
 
+def _has_unit(report: Path, block: Block) -> bool:
+    """Whether the unit is there, and made of this range: how a table is cut may change with the libraries."""
+    return report.is_file() and _read_json(report)["range"] == [block.start, block.stop]
+
+
 def _read_json(path: Path) -> dict[str, Any]:
     return dict(json.loads(path.read_text(encoding="utf-8")))
+
+
+def _bytes_carried(task: UnitTask) -> int:
+    return len(task.block.data or b"")
 
 
 def _unit_task(plan: BuildPlan, source: Source, name: str, file: int, block: Block) -> UnitTask:
@@ -276,7 +286,7 @@ def _build_shards(
     save_encoder(pt.encoder, encoder_file)
     units = tuple(str(plan.units / f"{name}.texts.arrow") for found in reports for name in found)
     widths = _widths(plan.settings.preprocess, pt.tokens)
-    targets = [plan.work / "store" / f"texts-{i:05d}.arrow" for i in range(plan.num_partitions)]
+    targets = [plan.target / f"texts-{i:05d}.arrow" for i in range(plan.num_partitions)]
     tasks = (
         ShardTask(units, i, str(encoder_file), widths, str(target), str(plan.reports / f"{target.name}.json"))
         for i, target in enumerate(targets)
@@ -444,6 +454,8 @@ def _stored(path: Path, num_items: int) -> StoredFile:
 
 def _publish(plan: BuildPlan, store: Path) -> None:
     """Give the finished folder its name; an old store is moved into the build folder, which is deleted after."""
+    for leftover in plan.target.glob("*.tmp"):  # of a killed run's processes
+        leftover.unlink(missing_ok=True)
     sync(plan.target)
     if store.exists():
         replaced = plan.work / "replaced"

@@ -174,8 +174,11 @@ def _kind(path: Path) -> Kind | None:
 
 def _stem(name: str) -> str:
     """A file's name without the suffix of its form and the number of its shard."""
-    suffix = max((s for s in SUFFIXES if name.endswith(s)), key=len, default="")
-    return _SHARD.sub("", name.removesuffix(suffix))
+    return _SHARD.sub("", _without_suffix(name))
+
+
+def _without_suffix(name: str) -> str:
+    return name.removesuffix(max((s for s in SUFFIXES if name.endswith(s)), key=len, default=""))
 
 
 def _marked(stem: str) -> bool:
@@ -203,7 +206,7 @@ def _group_shards(names: Mapping[Path, str], where: str) -> dict[str, list[Path]
     for path, name in names.items():
         groups.setdefault(_stem(name), []).append(path)
     for stem, some in groups.items():
-        numbers = [_SHARD.search(path.name.split(".")[0]) for path in some]
+        numbers = [_SHARD.search(_without_suffix(path.name)) for path in some]
         if len(some) > 1 and not all(numbers):
             raise ValueError(
                 f"{where}: {', '.join(path.name for path in some)} differ in their suffix alone; rename one"

@@ -5,12 +5,13 @@ both stay busy, and no result depends on their number. Files pass between stages
 system that all nodes see.
 """
 
+import ctypes
 import multiprocessing
 import os
+import signal
 import sys
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -21,6 +22,8 @@ Task = TypeVar("Task")
 Result = TypeVar("Result")
 
 _WAITING_PER_PROCESS = 2
+_WAITING_BYTES = 1 << 30
+_PR_SET_PDEATHSIG = 1
 
 
 def mpi_size() -> int:
@@ -93,11 +96,20 @@ def open_pool(processes: int) -> Iterator[Executor | None]:
         yield None
         return
     # Spawned, not forked: threads of the libraries loaded here do not survive a fork.
-    pool = ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn"))
+    spawn = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(processes, spawn, initializer=_end_with, initargs=(os.getpid(),))
     try:
         yield pool
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _end_with(parent: int) -> None:
+    """Let the kernel end this process when its parent is killed: nobody would be there to end it (Linux)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
 
 
 def run_tasks(
@@ -107,32 +119,42 @@ def run_tasks(
     title: str,
     bar: bool,
     total: int | None = None,
+    size: Callable[[Task], int] = lambda task: 0,
 ) -> list[Result]:
     """Results of all tasks in their order; tasks are drawn only as fast as they are worked off.
+
+    Args:
+        size: bytes that a task carries with it; those of all waiting tasks are bounded.
 
     Raises:
         ValueError: a process died (mostly: was killed for want of memory), or what a task raises.
     """
     # Not on a terminal (a batch job's log) a line is written now and then instead of many.
     interval = 0.2 if sys.stderr.isatty() else 30.0
-    results: list[Result] = []
     with tqdm(total=total, desc=title, disable=not bar, mininterval=interval, unit="part") as progress:
         if pool is None:
+            results = []
             for task in tasks:
                 results.append(function(task))
                 progress.update()
             return results
-        waiting: deque[Future[Result]] = deque()
+        waiting: dict[Future[Result], tuple[int, int]] = {}  # place of the result, bytes
+        found: dict[int, Result] = {}
         limit = _WAITING_PER_PROCESS * getattr(pool, "_max_workers", 1) + 1
-        try:
-            for task in tasks:
-                waiting.append(pool.submit(function, task))
-                if len(waiting) >= limit:
-                    results.append(waiting.popleft().result())
-                    progress.update()
-            while waiting:
-                results.append(waiting.popleft().result())
+
+        def collect() -> None:
+            for future in wait(waiting, return_when=FIRST_COMPLETED).done:
+                place, _ = waiting.pop(future)
+                found[place] = future.result()
                 progress.update()
+
+        try:
+            for place, task in enumerate(tasks):
+                waiting[pool.submit(function, task)] = (place, size(task))
+                while len(waiting) >= limit or sum(carried for _, carried in waiting.values()) > _WAITING_BYTES:
+                    collect()
+            while waiting:
+                collect()
         except BrokenProcessPool as error:
             raise ValueError(
                 "a process died, mostly because memory ran out; run the same command again with fewer --processes: "
@@ -141,4 +163,4 @@ def run_tasks(
         finally:
             for future in waiting:
                 future.cancel()
-    return results
+        return [found[place] for place in range(len(found))]

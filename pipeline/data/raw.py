@@ -85,7 +85,7 @@ def check_row(row: dict[str, Any], rules: RowRules, escaped: bool = False) -> Ra
     if escaped and not _encodable(query, *pos, *neg, instruction, category or ""):
         return "a lone surrogate (half a character) in a text"
     nearest = row.get("nearest") or []
-    if not isinstance(nearest, list) or not all(type(line) is int and line > 0 for line in nearest):
+    if not isinstance(nearest, list) or not all(type(line) is int and 0 < line < 1 << 63 for line in nearest):
         return "nearest is not a list of line numbers"
     return RawRecord(query, pos, neg, scores[0], scores[1], instruction, category, task_type, tuple(nearest))
 

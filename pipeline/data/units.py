@@ -111,6 +111,7 @@ def build_unit(task: UnitTask) -> dict[str, Any]:
     _write_rows(base.with_name(f"{task.name}.rows.arrow"), rows, place)
     report = {
         "file": task.file,
+        "range": [task.block.start, task.block.stop],
         "num_lines": number,
         "num_blank": num_blank,
         "num_rows": len(rows.query),
