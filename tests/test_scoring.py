@@ -283,6 +283,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(
     killed = subprocess.run([sys.executable, "-c", code, *arguments("killed")], env=env, capture_output=True, text=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     work = tmp_path / "killed/work/scores/normal"
+    (tmp_path / "killed/normal.jsonl.host-1.tmp").touch()
     assert len(list(work.glob("*.safetensors"))) == KILLED_AT - 1
     assert not (tmp_path / "killed/normal.jsonl").exists()
 
@@ -291,6 +292,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(
     monkeypatch.setattr(columns, "write_atomic", lambda path, fill: (written.append(path.name), write(path, fill)))
     score_rows(parse_arguments(arguments("killed")), block_items=16)
     num_resumed = len(written)
+    assert not list((tmp_path / "killed").rglob("*.tmp")), "what the killed run was writing"
     score_rows(parse_arguments(arguments("whole")), block_items=16)
     assert len(written) - num_resumed == num_resumed + KILLED_AT - 1, "finished blocks are not computed again"
     names, others = (sorted(path.name for path in (tmp_path / out).glob("*.*")) for out in ("whole", "killed"))

@@ -82,7 +82,9 @@ def prepare_folder(out: Path, new: Record, overwrite: bool) -> None:
         )
     if overwrite or old != new:  # without a record, whatever lies in work/ is of no known origin
         _clear(out, keep_embeddings=bool(old) and old.get("embeddings") == new.get("embeddings"))
-    (out / "work").mkdir(parents=True, exist_ok=True)
+    for path in (*out.glob("*.tmp"), *out.glob("work/**/*.tmp")):  # of killed runs: the lock is ours
+        path.unlink()
+    out.mkdir(parents=True, exist_ok=True)
     write_text(file, json.dumps(new, indent=1, ensure_ascii=False) + "\n")
 
 
