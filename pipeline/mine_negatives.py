@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         options = read_options(args)
         settings = load_settings(args.config, args.overrides)
-        require_packages(args.embedder, args.teacher)
+        require_search(args.embedder)
         store = open_store(settings.data.store)
         require_distinct_files(store)
         tables = [store.datasets[d] for d in choose_datasets(store, args.dataset or ())]
@@ -126,13 +126,11 @@ def read_options(args: argparse.Namespace) -> MiningOptions:
     return options
 
 
-def require_packages(embedder: str, teacher: str | None) -> None:
-    """ValueError if a package that this run needs is not installed."""
-    needed = {"bm25s"} if embedder == BM25 else {"faiss", "sentence_transformers"}
-    needed |= {"sentence_transformers"} if teacher is not None else set()
-    missing = sorted(name for name in needed if importlib.util.find_spec(name) is None)
-    if missing:
-        raise ValueError(f"{', '.join(missing)} not installed; pip install 'bge-icl-train[mining]'")
+def require_search(embedder: str) -> None:
+    """ValueError if the package that searches is not installed."""
+    package = "bm25s" if embedder == BM25 else "faiss"
+    if importlib.util.find_spec(package) is None:
+        raise ValueError(f"{package} is not installed; pip install 'bge-icl-train[mining]'")
 
 
 def mining_record(args: argparse.Namespace, options: MiningOptions, store: TokenStore) -> Record:

@@ -8,7 +8,8 @@ scale, counts, statistics) and DIR/recipe.yaml, which preprocesses the scored ro
   an embedder of this project             the cosine, with the rows' instructions and no examples
 
 A distinct (query, passage) pair is scored once, an embedder reads each distinct text once. An interrupted run goes on
-where it stopped and ends with the same bytes.
+where it stopped and ends with the same bytes; what they depend on is recorded in DIR/settings.json, and a run that
+differs in it is refused.
 
 Training distils softmax(scores) over a row's candidates. Scores that lie far apart make that one-hot, scores that lie
 close together make it uniform; neither teaches anything. So the mean entropy over the rows' groups is shown, as a
@@ -37,7 +38,7 @@ from pipeline.data.store import MANIFEST, TokenStore, open_store
 from pipeline.data.summary import align
 from pipeline.files import file_sha256, write_text
 from pipeline.mining.block_store import BLOCK_ITEMS
-from pipeline.mining.folder import own_folder, prepare_folder
+from pipeline.mining.folder import Record, own_folder, prepare_folder, read_record
 from pipeline.mining.models import Kind, PairModel, TextModel, find_kind, load_model, model_record
 from pipeline.mining.scoring import TEMPERATURES, describe, score_dataset, scored_rows
 from pipeline.settings import load_settings
@@ -101,7 +102,9 @@ def score_rows(args: argparse.Namespace, block_items: int = BLOCK_ITEMS) -> None
     }
     prepare_folder(args.out, {"scores": record}, args.overwrite)
     report_path = args.out / REPORT
-    report = json.loads(report_path.read_text(encoding="utf-8")) if report_path.is_file() else {"datasets": {}}
+    report: Record = {"kind": kind, "scale": None, "max_tokens": None, "datasets": {}}
+    if report_path.is_file():
+        report = read_record(report_path, set(report))
     finished = {name for name in report["datasets"] if (args.out / rows_file(name)).is_file()}
     teacher: PairModel | TextModel | None = None
     for table in (store.datasets[i] for i in chosen):
@@ -114,7 +117,7 @@ def score_rows(args: argparse.Namespace, block_items: int = BLOCK_ITEMS) -> None
         start = time.monotonic()
         scores = score_dataset(store, table, teacher, work, True, block_items)
         write_rows(args.out / rows_file(table.name), scored_rows(store, table, scores))
-        report |= {"kind": kind, "scale": teacher.scale, "max_tokens": teacher.max_tokens}
+        report |= {"scale": teacher.scale, "max_tokens": teacher.max_tokens}
         report["datasets"][table.name] = describe(table, scores)
         write_text(report_path, json.dumps(report, indent=1) + "\n")
         shutil.rmtree(work)
@@ -151,12 +154,10 @@ def score_table(store: TokenStore, report: Mapping[str, Any]) -> str:
         counts.append([name, *numbers, *spread, first])
         if d["entropy"]:
             shares.append([name, *(f"{d['entropy'][str(t)]:.3f}" for t in TEMPERATURES)])
-    unit = "pairs" if report.get("kind") == "cross_encoder" else "texts"
-    limit = report.get("max_tokens")
+    unit = "pairs" if report["kind"] == "cross_encoder" else "texts"
+    limit = report["max_tokens"]
     limits = ", ".join(f"{side} {n}" for side, n in limit.items()) if isinstance(limit, dict) else f"pair {limit}"
-    note = (
-        f"scale: {report.get('scale')}; read: distinct {unit}; cut: longer than the teacher's limit (tokens: {limits})"
-    )
+    note = f"scale: {report['scale']}; read: distinct {unit}; cut: longer than the teacher's limit (tokens: {limits})"
     return "\n".join([align(counts, num_left=1), note, align(shares, num_left=1)])
 
 

@@ -398,6 +398,8 @@ def test_changed_options_are_refused_and_overwrite_keeps_the_embeddings(
     changed = ready.command(out, *WINDOW, "--dataset", "normal", "--margin", "0.2")
     assert main(changed) == 2
     assert "options.margin: there None, now 0.2" in capsys.readouterr().err and results(out) == before
+    assert main(ready.command(out, *WINDOW, "--dataset", "normal", "--batch-size", "7")) == 2
+    assert "  embeddings.embedder.batch_size: there 64, now 7\n" in capsys.readouterr().err
     loaded: list[Path] = []
     monkeypatch.setattr("pipeline.mining.models.load_text_model", lambda *a: loaded.append(a))
     assert main([*changed, "--overwrite"]) == 0

@@ -384,6 +384,17 @@ def test_a_run_that_failed_at_its_start_blocks_no_other(recipe: Path, cross_enco
     assert main([*arguments, str(cross_encoder)]) == 0
 
 
+def test_a_damaged_report_is_named(
+    recipe: Path, cross_encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_score(recipe, cross_encoder, tmp_path / "out", "--dataset", "normal")
+    for damaged in ("{", "[]", "{}"):
+        (tmp_path / "out/scores.json").write_text(damaged)
+        again = ["--config", str(recipe), "--teacher", str(cross_encoder), "--out", str(tmp_path / "out")]
+        assert main(again) == 2
+        assert str(tmp_path / "out/scores.json") in capsys.readouterr().err
+
+
 def test_files_of_others_are_not_overwritten(
     recipe: Path, cross_encoder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

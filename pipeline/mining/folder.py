@@ -72,7 +72,7 @@ def prepare_folder(out: Path, new: Record, overwrite: bool) -> None:
             cleared; embeddings stay if their part of the record is the same.
     """
     file, found = out / RECORD, _holds_results(out)
-    old = _read(file, set(new)) if file.is_file() else {}
+    old = read_record(file, set(new)) if file.is_file() else {}
     if old and found and not overwrite and (differing := _differences(old, new)):
         raise ValueError(
             f"{out} holds results that were made otherwise:\n"
@@ -93,13 +93,14 @@ def _holds_results(out: Path) -> bool:
     return any(out.glob("*.jsonl")) or any(path.is_file() for path in out.glob("work/*/**/*"))
 
 
-def _read(file: Path, parts: set[str]) -> Record:
+def read_record(file: Path, parts: set[str]) -> Record:
+    """A JSON object with these parts; ValueError if the file is none."""
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{file} cannot be read ({error}); name another --out") from error
     if not isinstance(record, dict) or set(record) != parts:
-        raise ValueError(f"{file} is no record of this command; name another --out")
+        raise ValueError(f"{file} was not written by this command; name another --out")
     return record
 
 
