@@ -1,9 +1,11 @@
-"""Files that are complete or absent, and their checksums."""
+"""Files that are complete or absent, their checksums, and locks."""
 
+import fcntl
 import hashlib
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -39,3 +41,24 @@ def write_atomic(path: Path, write: Callable[[Path], Any]) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write a UTF-8 text file, complete or absent."""
     write_atomic(path, lambda temporary: temporary.write_bytes(text.encode("utf-8")))
+
+
+@contextmanager
+def locked(path: Path, message: str) -> Iterator[None]:
+    """Hold the lock file `path` for this process; the lock goes with the process, however it ends.
+
+    Raises:
+        ValueError: another process holds it (`message`), or the file system has no locks.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(message) from error
+        except OSError as error:
+            raise ValueError(
+                f"{path} cannot be locked ({error.strerror}): its file system has no locks (Lustre has them when it is "
+                "mounted with -o flock); use a folder on another one"
+            ) from error
+        yield

@@ -14,11 +14,14 @@ import re
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 
 from pipeline.data.derived import choose_datasets, require_distinct_files, rows_file, write_recipe
-from pipeline.data.store import DatasetTable, TokenStore, open_store
-from pipeline.mining.folder import locked, prepare_folder, require_own_folder
+from pipeline.data.store import MANIFEST, DatasetTable, TokenStore, open_store
+from pipeline.files import file_sha256
+from pipeline.mining.folder import Record, own_folder, prepare_folder
 from pipeline.mining.options import BM25, SHARD_TEXTS, MiningOptions, check_options
 from pipeline.settings import Settings, load_settings
 
@@ -74,12 +77,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         options = read_options(args)
         settings = load_settings(args.config, args.overrides)
-        require_packages(args.embedder, args.teacher)
-        require_own_folder(args.out)
+        require_search(args.embedder)
         store = open_store(settings.data.store)
         require_distinct_files(store)
         tables = [store.datasets[d] for d in choose_datasets(store, args.dataset or ())]
-        with locked(args.out):
+        with own_folder(args.out):
             mine(args, options, settings, store, tables)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -124,13 +126,26 @@ def read_options(args: argparse.Namespace) -> MiningOptions:
     return options
 
 
-def require_packages(embedder: str, teacher: str | None) -> None:
-    """ValueError if a package that this run needs is not installed."""
-    needed = {"bm25s"} if embedder == BM25 else {"faiss", "sentence_transformers"}
-    needed |= {"sentence_transformers"} if teacher is not None else set()
-    missing = sorted(name for name in needed if importlib.util.find_spec(name) is None)
-    if missing:
-        raise ValueError(f"{', '.join(missing)} not installed; pip install 'bge-icl-train[mining]'")
+def require_search(embedder: str) -> None:
+    """ValueError if the package that searches is not installed."""
+    package = "bm25s" if embedder == BM25 else "faiss"
+    if importlib.util.find_spec(package) is None:
+        raise ValueError(f"{package} is not installed; pip install 'bge-icl-train[mining]'")
+
+
+def mining_record(args: argparse.Namespace, options: MiningOptions, store: TokenStore) -> Record:
+    """What decides the results: embeddings, and the options by which negatives are chosen."""
+    from pipeline.mining.models import find_kind, model_record
+
+    def record(path: Path, option: str) -> Record:
+        return model_record(path, find_kind(path, option), args.batch_size)
+
+    words = args.embedder == BM25
+    embedder = {BM25: version("bm25s")} if words else record(Path(args.embedder), "--embedder")
+    chosen = asdict(options)
+    if options.teacher is not None:
+        chosen["teacher"] = record(Path(options.teacher), "--teacher")
+    return {"embeddings": {"embedder": embedder, "store": file_sha256(store.path / MANIFEST)}, "options": chosen}
 
 
 def mine(
@@ -143,26 +158,24 @@ def mine(
     """Mine the datasets one by one, then write report and recipe over all that the folder holds."""
     # Loading these takes a second or more; wrong arguments should not have to wait for it.
     from pipeline.mining.dataset import MiningRun, finished_reports, mine_dataset
-    from pipeline.mining.embedding import is_own_model, load_text_encoder, model_folder
-    from pipeline.mining.folder import embedding_record, option_record
+    from pipeline.mining.models import find_kind, load_judge, load_text_model
     from pipeline.mining.report import summary_table, write_reports
-    from pipeline.mining.teacher import find_kind, load_judge
 
-    words = args.embedder == BM25
-    folder = Path(BM25) if words else model_folder(args.embedder)
-    if options.teacher is not None and (kind := find_kind(Path(options.teacher))) != "cross_encoder":
-        raise ValueError(f"--teacher {options.teacher} holds a {kind}; candidates are judged by a cross-encoder")
-    start = time.monotonic()
-    record = embedding_record(None if words else folder, store.path)
-    prepare_folder(args.out, record, option_record(options), args.overwrite)
+    start, embedder, teacher = time.monotonic(), Path(args.embedder), Path(options.teacher or "")
+    kind = BM25 if args.embedder == BM25 else find_kind(embedder, "--embedder")
+    if kind == "cross_encoder":
+        raise ValueError(f"--embedder {embedder} holds a cross-encoder, which gives no embeddings; it can be --teacher")
+    if options.teacher is not None and (found := find_kind(teacher, "--teacher")) != "cross_encoder":
+        raise ValueError(f"--teacher {teacher} holds a {found}; candidates are judged by a cross-encoder")
+    prepare_folder(args.out, mining_record(args, options, store), args.overwrite)
     run = MiningRun(
         store=store,
         out=args.out,
         options=options,
         embedder=args.embedder,
-        wraps_passages=not words and is_own_model(folder),
-        load_encoder=functools.cache(lambda: load_text_encoder(folder, args.batch_size)),
-        load_teacher=functools.cache(lambda: load_judge(Path(str(options.teacher)), store, args.batch_size))
+        wraps_passages=kind == "embedder",
+        load_encoder=functools.cache(lambda: load_text_model(embedder, "--embedder", args.batch_size)),
+        load_teacher=functools.cache(lambda: load_judge(teacher, store, args.batch_size))
         if options.teacher is not None
         else None,
         shard_texts=args.shard_texts,
@@ -186,7 +199,7 @@ def mine(
     if lacking:
         print(f"{recipe} leaves out {', '.join(lacking)}: not mined, while others of the same entry are")
     print(f"wrote {args.out} in {time.monotonic() - start:.1f} s; {args.out}/report.md tells more")
-    if not words:
+    if kind != BM25:
         print(f"{args.out}/work/embeddings serves other rules without a new forward pass; delete it if you need none")
     print(f"next: python pipeline/preprocess.py --config {recipe}")
 

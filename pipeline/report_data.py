@@ -29,7 +29,8 @@ EPILOG = """examples:
   python pipeline/report_data.py --config recipe.yaml data.store=/data/store-256 --out report.html
 
 an evaluation folder holds queries.jsonl {"_id", "text"} and corpus.jsonl {"_id", "title", "text"} (BEIR's form), or
-test.jsonl with text, sentence1, sentence2 or query (counted as queries), positive or negative (as passages)
+test.jsonl with query, text, sentence, sentences, sentence1 or sentence2 (counted as queries), positive or negative (as
+passages); train.jsonl, the labelled texts of a classification, is compared as a set of its own
 """
 
 

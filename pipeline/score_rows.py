@@ -8,7 +8,8 @@ scale, counts, statistics) and DIR/recipe.yaml, which preprocesses the scored ro
   an embedder of this project             the cosine, with the rows' instructions and no examples
 
 A distinct (query, passage) pair is scored once, an embedder reads each distinct text once. An interrupted run goes on
-where it stopped and ends with the same bytes.
+where it stopped and ends with the same bytes; what they depend on is recorded in DIR/settings.json, and a run that
+differs in it is refused.
 
 Training distils softmax(scores) over a row's candidates. Scores that lie far apart make that one-hot, scores that lie
 close together make it uniform; neither teaches anything. So the mean entropy over the rows' groups is shown, as a
@@ -25,26 +26,25 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.data.derived import choose_datasets, require_distinct_files, rows_file, write_recipe, write_rows
+from pipeline.data.derived import (
+    choose_datasets,
+    require_distinct_files,
+    rows_file,
+    safe_name,
+    write_recipe,
+    write_rows,
+)
 from pipeline.data.store import MANIFEST, TokenStore, open_store
 from pipeline.data.summary import align
 from pipeline.files import file_sha256, write_text
-from pipeline.mining.scoring import (
-    BLOCK_ITEMS,
-    LOCK,
-    TEMPERATURES,
-    describe,
-    folder_digest,
-    locked,
-    open_work,
-    score_dataset,
-    scored_rows,
-)
-from pipeline.mining.teacher import Teacher, find_kind, load_teacher, model_folder
+from pipeline.mining.block_store import BLOCK_ITEMS
+from pipeline.mining.folder import Record, own_folder, prepare_folder, read_record
+from pipeline.mining.models import Kind, PairModel, TextModel, find_kind, load_model, model_record
+from pipeline.mining.scoring import TEMPERATURES, describe, score_dataset, scored_rows
 from pipeline.settings import load_settings
 
 ONE_HOT, UNIFORM = 0.05, 0.98  # entropy shares below and above which a group teaches next to nothing
-REPORT, UNFINISHED = "scores.json", ".unfinished-"
+REPORT = "scores.json"
 EPILOG = """examples:
   python pipeline/score_rows.py --config recipe.yaml --teacher models/bge-reranker-v2-m3 --out scored
   python pipeline/score_rows.py --config recipe.yaml --teacher runs/first --out scored --dataset squad_newwiki
@@ -65,6 +65,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--sigmoid", action="store_true", help="squash a cross-encoder's logits to 0..1")
     parser.add_argument("--batch-size", type=int, help="of a sentence-transformers model (default: 32)")
+    parser.add_argument("--overwrite", action="store_true", help="replace what was scored otherwise")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings on top of the recipe")
     return parser.parse_intermixed_args(argv)
 
@@ -74,8 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse_arguments(argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     try:
-        require_own_folder(args.out)
-        with locked(args.out):
+        with own_folder(args.out):
             score_rows(args)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -92,30 +92,34 @@ def score_rows(args: argparse.Namespace, block_items: int = BLOCK_ITEMS) -> None
     store = open_store(settings.data.store)
     require_distinct_files(store)
     chosen = choose_datasets(store, args.dataset)
-    kind = find_kind(args.teacher)
+    kind = find_kind(args.teacher, "--teacher")
+    check_options(args, kind)
     print(f"teacher: {args.teacher} ({kind.replace('_', ' ')})", flush=True)
-    source = {
-        "store_sha256": file_sha256(store.path / MANIFEST),
-        "teacher_sha256": folder_digest(model_folder(args.teacher)),
+    record = {
+        "store": file_sha256(store.path / MANIFEST),
+        "teacher": model_record(args.teacher, kind, args.batch_size) | {"block_items": block_items},
         "sigmoid": args.sigmoid,
     }
-    report = read_report(args.out, source)
+    prepare_folder(args.out, {"scores": record}, args.overwrite)
+    report_path = args.out / REPORT
+    report: Record = {"kind": kind, "scale": None, "max_tokens": None, "datasets": {}}
+    if report_path.is_file():
+        report = read_record(report_path, set(report))
     finished = {name for name in report["datasets"] if (args.out / rows_file(name)).is_file()}
-    teacher: Teacher | None = None
+    teacher: PairModel | TextModel | None = None
     for table in (store.datasets[i] for i in chosen):
-        work = args.out / (UNFINISHED + rows_file(table.name))
+        work = args.out / "work/scores" / safe_name(table.name)
         if table.name in finished:
             shutil.rmtree(work, ignore_errors=True)  # a run may have been killed just before it did this
             print(f"{table.name}: up to date")
             continue
-        teacher = teacher or load_teacher(args.teacher, args.sigmoid, args.batch_size)
+        teacher = teacher or load_model(args.teacher, "--teacher", args.batch_size, args.sigmoid)
         start = time.monotonic()
-        open_work(work, source | {"dataset": table.name, "block_items": block_items})
         scores = score_dataset(store, table, teacher, work, True, block_items)
         write_rows(args.out / rows_file(table.name), scored_rows(store, table, scores))
-        report |= {"kind": kind, "scale": teacher.scale, "max_tokens": teacher.max_tokens}
+        report |= {"scale": teacher.scale, "max_tokens": teacher.max_tokens}
         report["datasets"][table.name] = describe(table, scores)
-        write_text(args.out / REPORT, json.dumps(report, indent=1) + "\n")
+        write_text(report_path, json.dumps(report, indent=1) + "\n")
         shutil.rmtree(work)
         print(f"{table.name}: scored in {time.monotonic() - start:.0f} s", flush=True)
     written = {name: rows_file(name) for name in report["datasets"] if (args.out / rows_file(name)).is_file()}
@@ -129,28 +133,14 @@ def score_rows(args: argparse.Namespace, block_items: int = BLOCK_ITEMS) -> None
     print(f"wrote {args.out}; next: python pipeline/preprocess.py --config {recipe}")
 
 
-def require_own_folder(out: Path) -> None:
-    """ValueError if `out` holds anything but results of this command."""
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"--out {out} is a file; name a folder")
-    names = {path.name for path in out.iterdir()} - {LOCK} if out.is_dir() else set()
-    if names and REPORT not in names and not any(name.startswith(UNFINISHED) for name in names):
-        raise ValueError(f"--out {out} holds other files, which could be overwritten; choose a new or empty folder")
-
-
-def read_report(out: Path, source: Mapping[str, Any]) -> dict[str, Any]:
-    """scores.json of an earlier run with the same teacher and store, or an empty one; ValueError on another's."""
-    path = out / REPORT
-    if not path.is_file():
-        return {"source": dict(source), "datasets": {}}
-    try:
-        report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        differing = [key for key, value in source.items() if report["source"].get(key) != value]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is not what this command writes; choose another --out") from error
-    if differing:
-        raise ValueError(f"{out} holds scores with another {', '.join(differing)}; remove it or choose another --out")
-    return report
+def check_options(args: argparse.Namespace, kind: Kind) -> None:
+    """ValueError for an option that does not fit the teacher."""
+    if args.sigmoid and kind != "cross_encoder":
+        raise ValueError(f"--sigmoid is for cross-encoders; {args.teacher} is an embedder, whose scores are cosines")
+    if args.batch_size is not None and kind == "embedder":
+        raise ValueError("--batch-size is for sentence-transformers models; this embedder packs by tokens")
+    if args.batch_size is not None and args.batch_size < 1:
+        raise ValueError(f"--batch-size {args.batch_size} must be at least 1")
 
 
 def score_table(store: TokenStore, report: Mapping[str, Any]) -> str:
@@ -164,12 +154,10 @@ def score_table(store: TokenStore, report: Mapping[str, Any]) -> str:
         counts.append([name, *numbers, *spread, first])
         if d["entropy"]:
             shares.append([name, *(f"{d['entropy'][str(t)]:.3f}" for t in TEMPERATURES)])
-    unit = "pairs" if report.get("kind") == "cross_encoder" else "texts"
-    limit = report.get("max_tokens")
+    unit = "pairs" if report["kind"] == "cross_encoder" else "texts"
+    limit = report["max_tokens"]
     limits = ", ".join(f"{side} {n}" for side, n in limit.items()) if isinstance(limit, dict) else f"pair {limit}"
-    note = (
-        f"scale: {report.get('scale')}; read: distinct {unit}; cut: longer than the teacher's limit (tokens: {limits})"
-    )
+    note = f"scale: {report['scale']}; read: distinct {unit}; cut: longer than the teacher's limit (tokens: {limits})"
     return "\n".join([align(counts, num_left=1), note, align(shares, num_left=1)])
 
 

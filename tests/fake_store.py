@@ -44,6 +44,10 @@ class FakeStore:
     texts: tuple[str, ...]
     pieces: Mapping[str, Sequence[np.ndarray]]
 
+    @property
+    def num_texts(self) -> int:
+        return len(self.texts)
+
     def piece(self, text_id: int, kind: str) -> np.ndarray:
         return self.pieces[kind][text_id]
 

@@ -20,6 +20,7 @@ from samples import REPOSITORY
 from slow_mining import SlowResult, inner_product, mine_slowly
 from tiny_encoders import make_cross_encoder, make_minable_run, make_sentence_model
 
+from pipeline.data.columns import open_columns
 from pipeline.data.raw_rows import raw_row
 from pipeline.data.store import DatasetTable, TokenStore, open_store
 from pipeline.mine_negatives import main
@@ -92,7 +93,8 @@ def text_ids(store_path: Path) -> dict[str, int]:
 
 
 def embedded(folder: Path) -> np.ndarray:
-    return np.concatenate([np.load(path) for path in sorted(folder.glob("block-*.npy"))])
+    blocks = [open_columns(path) for path in sorted(folder.glob("block-*"))]
+    return np.concatenate([block["value"].reshape(len(block["cut"]), -1) for block in blocks])
 
 
 def slow_result(ready: Ready, out: Path, name: str, options: MiningOptions, teacher: Any = None) -> SlowResult:
@@ -247,7 +249,7 @@ def test_shards_and_blocks_change_nothing(ready: Ready, mined: Path, tmp_path: P
     # Embeddings are taken over: a model's last bits may depend on the texts of a batch, the search may not.
     shutil.copytree(mined / "work/embeddings", tmp_path / "out/work/embeddings")
     shutil.copy(mined / "settings.json", tmp_path / "out/settings.json")
-    monkeypatch.setattr("pipeline.mining.embedding.load_text_encoder", None)
+    monkeypatch.setattr("pipeline.mining.models.load_text_model", None)
     assert main(ready.command(tmp_path / "out", *WINDOW, *RULES_ON, "--shard-texts", "13")) == 0
     assert results(tmp_path / "out") == results(mined)
 
@@ -262,6 +264,21 @@ def test_embeddings_are_the_models_own(ready: Ready, mined: Path) -> None:
         alone = model.encode([ready.store.text(ids[i])], normalize_embeddings=True)[0]
         assert np.abs(found[i] - alone).max() < 1e-5
     assert np.abs(np.linalg.norm(found, axis=1) - 1).max() < 1e-5
+
+
+def test_texts_that_the_embedder_cuts_are_counted(ready: Ready, mined: Path) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer, table = AutoTokenizer.from_pretrained(ready.model), table_of(ready.store, "normal")
+
+    def count_long(ids: set[Any]) -> int:
+        return sum(len(tokenizer(ready.store.text(i))["input_ids"]) > 16 for i in ids)
+
+    queries, passages = {*table.query_text_N.tolist()}, {*table.pos_text.tolist(), *table.neg_text.tolist()}
+    cut = report_of(mined, "normal")["texts_cut"]
+    assert cut == {"queries": count_long(queries), "passages": count_long(passages)} and cut["passages"] > 0
+    line = f"the embedder cut {cut['queries']} of the queries and {cut['passages']} of the texts to its maximum length"
+    assert line in (mined / "report.md").read_text()
 
 
 def test_next_recipe_reads_what_was_mined(ready: Ready, mined: Path, tmp_path: Path) -> None:
@@ -317,14 +334,15 @@ def mining_process(arguments: list[str]) -> subprocess.Popen[bytes]:
     code = (
         "import sys, time, zlib\n"
         "import numpy as np\n"
-        "from pipeline.mining import dataset, embedding\n"
-        "def encode(texts, instruction=''):\n"
+        "from pipeline.mining import dataset, models\n"
+        "def embed(texts, instruction, as_query):\n"
         "    time.sleep(0.05)\n"
         "    rows = [np.random.default_rng(zlib.crc32((instruction + t).encode())).normal(size=8) for t in texts]\n"
-        "    return np.array([row / np.linalg.norm(row) for row in rows], dtype=np.float32)\n"
-        "embedding.load_text_encoder = lambda folder, batch_size: embedding.TextEncoder(encode, encode)\n"
-        "real_embed, real_mine = dataset.embed, dataset.mine_block\n"
-        "dataset.embed = lambda *a: real_embed(*a, 16)\n"
+        "    unit = np.array([row / np.linalg.norm(row) for row in rows], dtype=np.float32)\n"
+        "    return unit, np.zeros(len(texts), dtype=bool)\n"
+        "models.load_text_model = lambda *a: models.TextModel('sentence_transformer', 'cosine', {}, False, embed)\n"
+        "real_fill, real_mine = dataset.fill_blocks, dataset.mine_block\n"
+        "dataset.fill_blocks = lambda *a: real_fill(*a, 16)\n"
         "dataset.mine_block = lambda *a: (time.sleep(0.05), real_mine(*a))[1]\n"
         "dataset.MiningRun.__init__.__defaults__ = (9,)\n"
         "from pipeline.mine_negatives import main\n"
@@ -343,7 +361,7 @@ def never_killed(ready: Ready, tmp_path_factory: pytest.TempPathFactory) -> Path
     return out
 
 
-@pytest.mark.parametrize("moment", ["work/embeddings/passages-*/block-000001.npy", "work/rows/normal/*7.npz"])
+@pytest.mark.parametrize("moment", ["work/embeddings/passages-*/block-000001.safetensors", "work/rows/normal/*7.npz"])
 def test_killed_run_goes_on_to_the_same_bytes(ready: Ready, never_killed: Path, tmp_path: Path, moment: str) -> None:
     out = tmp_path / "out"
     process, deadline = mining_process(ready.command(out, *KILLED)), time.monotonic() + 60
@@ -352,7 +370,7 @@ def test_killed_run_goes_on_to_the_same_bytes(ready: Ready, never_killed: Path, 
     os.kill(process.pid, signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL and list(out.glob(moment))
     assert not list(out.glob("*.jsonl")) and not (out / "report.json").exists()
-    before = {path: path.stat().st_mtime_ns for path in (out / "work").rglob("*.npy")}
+    before = {path: path.stat().st_mtime_ns for path in (out / "work").rglob("block-*")}
     assert before and mining_process(ready.command(out, *KILLED)).wait() == 0
     assert results(out) == results(never_killed)
     assert all(path.stat().st_mtime_ns == then for path, then in before.items()), "what is embedded stays"
@@ -367,7 +385,7 @@ def test_finished_run_does_nothing_and_datasets_may_follow_each_other(
     assert [r["dataset"] for r in json.loads((out / "report.json").read_text())] == ["symmetric_sts", "symmetric_class"]
     before = results(out)
     monkeypatch.setattr(stages, "mine_block", None)
-    monkeypatch.setattr(stages, "embed", None)
+    monkeypatch.setattr(stages, "fill_blocks", None)
     assert main(first) == 0 and results(out) == before
 
 
@@ -380,16 +398,18 @@ def test_changed_options_are_refused_and_overwrite_keeps_the_embeddings(
     changed = ready.command(out, *WINDOW, "--dataset", "normal", "--margin", "0.2")
     assert main(changed) == 2
     assert "options.margin: there None, now 0.2" in capsys.readouterr().err and results(out) == before
+    assert main(ready.command(out, *WINDOW, "--dataset", "normal", "--batch-size", "7")) == 2
+    assert "  embeddings.embedder.batch_size: there 64, now 7\n" in capsys.readouterr().err
     loaded: list[Path] = []
-    monkeypatch.setattr("pipeline.mining.embedding.load_text_encoder", lambda *a: loaded.append(a))
+    monkeypatch.setattr("pipeline.mining.models.load_text_model", lambda *a: loaded.append(a))
     assert main([*changed, "--overwrite"]) == 0
     assert not loaded and results(out)["normal.jsonl"] != before["normal.jsonl"]
 
 
 def test_embeddings_of_unknown_origin_are_not_used(ready: Ready, mined: Path, tmp_path: Path) -> None:
-    where = "work/embeddings/queries-symmetric_sts/block-000000.npy"
+    where = "work/embeddings/queries-symmetric_sts/block-000000.safetensors"
     (tmp_path / where).parent.mkdir(parents=True)
-    np.save(tmp_path / where, np.zeros((24, 16), dtype=np.float32))
+    (tmp_path / where).write_bytes((mined / where).read_bytes()[:-9] + b"elsewhere")
     assert main(ready.command(tmp_path, *WINDOW, "--dataset", "symmetric_sts", "--nearest", "0")) == 0
     assert (tmp_path / where).read_bytes() == (mined / where).read_bytes()
     assert "nearest" not in lines_of(tmp_path / "symmetric_sts.jsonl")[0]
@@ -406,8 +426,8 @@ def test_another_model_is_refused_and_overwrite_embeds_anew(
     weights.write_bytes(weights.read_bytes()[:-4] + b"\0\0\0\0")
     other = ready.command(out, *WINDOW, "--dataset", "symmetric_sts", embedder=copy)
     assert main(other) == 2
-    assert f"embeddings.embedder.{weights.relative_to(copy)}" in capsys.readouterr().err
-    old = {p: p.stat().st_mtime_ns for p in (out / "work/embeddings").rglob("*.npy")}
+    assert "embeddings.embedder.sha256: there " in capsys.readouterr().err
+    old = {p: p.stat().st_mtime_ns for p in (out / "work/embeddings").rglob("block-*")}
     assert main([*other, "--overwrite"]) == 0
     assert all(p.stat().st_mtime_ns != before for p, before in old.items())
 
@@ -418,8 +438,9 @@ def test_another_model_is_refused_and_overwrite_embeds_anew(
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--embedder", "nowhere"], "--embedder nowhere: no such folder; give a run"),
-        (["--embedder", "{tmp}"], "holds no model: neither embedder.json nor modules.json"),
+        (["--embedder", "nowhere"], "--embedder nowhere: no such folder; a model of the hub is fetched first"),
+        (["--embedder", "{tmp}"], "holds neither a cross-encoder"),
+        (["--embedder", "{teacher}"], "holds a cross-encoder, which gives no embeddings"),
         (["--num-negatives", "0"], "--num-negatives 0 must be at least 1"),
         (["--window", "0-9"], "--window 0-9 must be two ranks"),
         (["--window", "20-10"], "--window 20-10 must be two ranks"),
@@ -437,7 +458,7 @@ def test_another_model_is_refused_and_overwrite_embeds_anew(
         (["--dataset", "msmarco"], "--dataset msmarco: the store "),
         (["--teacher", "{tmp}"], "holds neither a cross-encoder"),
         (["data.store={tmp}/none"], "does not exist; build it: python pipeline/preprocess.py"),
-        (["--out", "{tmp}"], "is not empty and holds no results of mining"),
+        (["--out", "{tmp}"], "is not empty and holds no results of this command"),
         (["--out", "{tmp}/file"], "is a file; name a folder"),
         (["--config", "{tmp}/no.yaml"], "no such file"),
     ],
@@ -446,7 +467,7 @@ def test_faults_have_one_message(
     ready: Ready, tmp_path: Path, capsys: pytest.CaptureFixture[str], more: list[str], message: str
 ) -> None:
     (tmp_path / "file").write_text("mine")
-    arguments = [word.format(tmp=tmp_path) for word in more]
+    arguments = [word.format(tmp=tmp_path, teacher=ready.teacher) for word in more]
     assert main(ready.command(tmp_path / "out", *arguments)) == 2
     found = capsys.readouterr().err
     assert found.startswith("error: ") and message in found and found.count("\n") == 1
@@ -461,7 +482,7 @@ def test_one_process_mines_in_a_folder_and_a_damaged_record_is_named(
     with (out / "work/lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert main(ready.command(out, embedder="bm25")) == 2
-    assert f"error: another process is mining in {out}" in capsys.readouterr().err
+    assert f"error: another process writes to {out}" in capsys.readouterr().err
     for record in ("{", "[]", "{}"):
         (out / "settings.json").write_text(record)
         assert main(ready.command(out, embedder="bm25")) == 2
@@ -488,8 +509,8 @@ def test_several_instructions_of_wrapped_passages_are_an_error_for_own_models(re
         *(ready.store, tmp_path, MiningOptions(), "x", True, lambda: None, None), shard_texts=9, bars=False
     )
     with pytest.raises(ValueError, match=r"'symmetric_sts'.*has 2 instructions.*split the dataset"):
-        stages._passage_instruction(run, table)
-    assert stages._passage_instruction(replace(run, wraps_passages=False), table) is not None
+        stages._passage_form(run, table)
+    assert stages._passage_form(replace(run, wraps_passages=False), table) == 1
 
 
 def test_window_past_a_tiny_corpus_is_counted_and_goes_on(

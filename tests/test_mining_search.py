@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.mining import search
-from pipeline.mining.corpus import _pairs_of_rows, normalise
-from pipeline.mining.embedding import Embeddings, embed
+from pipeline.mining.block_store import StoredBlocks, fill_blocks
+from pipeline.mining.corpus import _pairs_of_rows, words_of
 from pipeline.mining.options import limit_below
 from pipeline.mining.rules import draw_with_teacher
 from pipeline.mining.search import DenseIndex, exact_scores, index_words, top_of_shard
@@ -23,8 +23,9 @@ def unit(rng: np.random.Generator, *shape: int) -> np.ndarray:
     return vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)
 
 
-def stored(folder: Path, vectors: np.ndarray, block_texts: int = 10) -> Embeddings:
-    return embed(folder, len(vectors), lambda b: vectors[b.start : b.stop], "", False, block_texts)
+def stored(folder: Path, vectors: np.ndarray, block_texts: int = 10) -> StoredBlocks:
+    is_cut = np.arange(len(vectors)) % 7 == 2
+    return fill_blocks(folder, len(vectors), lambda part: (vectors[part], is_cut[part]), "", False, block_texts)
 
 
 def brute_force(query_D: np.ndarray, text_CD: np.ndarray, depth: int) -> tuple[list[int], list[np.float32]]:
@@ -101,7 +102,7 @@ def test_ranking_ends_with_the_corpus(tmp_path: Path) -> None:
 def test_embeddings_are_read_and_taken_across_blocks(tmp_path: Path) -> None:
     vectors = unit(np.random.default_rng(4), 47, 5)
     embeddings = stored(tmp_path, vectors)
-    assert len(list(tmp_path.glob("*.npy"))) == 5 and embeddings.width == 5
+    assert len(list(tmp_path.iterdir())) == 5 and embeddings.width == 5 and embeddings.count_cut() == 7
     for start, stop in ((0, 47), (3, 4), (9, 11), (10, 20), (40, 47), (8, 39)):
         assert np.array_equal(embeddings.read(start, stop), vectors[start:stop])
     index = np.random.default_rng(5).integers(0, 47, 100)
@@ -111,8 +112,8 @@ def test_embeddings_are_read_and_taken_across_blocks(tmp_path: Path) -> None:
 
 def test_embeddings_that_are_not_finite_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not finite"):
-        embed(tmp_path, 3, lambda b: np.full((len(b), 2), np.nan, dtype=np.float32), "", False)
-    assert not list(tmp_path.glob("*.npy"))
+        fill_blocks(tmp_path, 3, lambda part: (np.full((3, 2), np.nan, dtype=np.float32), np.zeros(3)), "", False)
+    assert not list(tmp_path.iterdir())
 
 
 def test_words_ranking_is_lucenes_formula_with_ties_by_place() -> None:
@@ -149,8 +150,8 @@ def test_texts_without_words_are_an_error() -> None:
 
 def test_copies_differ_in_form_only() -> None:
     same = ("What is  BERT?", "what is bert", "WHAT, is “Bert”…", "ｗｈａｔ is bert")
-    assert len({normalise(text) for text in same}) == 1
-    assert len({normalise(text) for text in ("what is bert", "what was bert", "?!", "...", "")}) == 5
+    assert len({words_of(text) for text in same}) == 1
+    assert len({words_of(text) for text in ("what is bert", "what was bert", "?!", "...", "")}) == 5
 
 
 def test_ratio_goes_below_negative_scores() -> None:

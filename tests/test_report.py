@@ -265,7 +265,7 @@ def test_overlap_with_evaluation_sets(made: Any) -> None:
     kept = [i for i, title in enumerate(head) if title not in ("share", "for example")]
     assert [[row[i] for i in kept] for row in body] == expected
     assert page.column("overlap-totals", "its queries seen in training") == {"beir <i>": "50.0%", "sts": "100%"}
-    assert page.column("overlap-totals", "its passages") == {"beir <i>": "4", "sts": "0"}
+    assert page.column("overlap-totals", "its passage texts") == {"beir <i>": "6", "sts": "0"}
 
 
 def test_groups_and_teacher_scores(made: Any) -> None:
@@ -406,7 +406,10 @@ def test_other_ways_to_show_examples(made: Any, tmp_path: Path) -> None:
         (["--out", "."], "--out . is a folder"),
         (["--out", "r.html", "--eval", "nowhere"], "--eval nowhere: no such folder"),
         (["--out", "r.html", "--eval", ".", "run.seed=1"], "put overrides before --eval"),
-        (["--out", "r.html", "--eval", "empty"], "neither queries.jsonl with corpus.jsonl nor test.jsonl"),
+        (
+            ["--out", "r.html", "--eval", "empty"],
+            "--eval empty is not an evaluation folder: it holds none of queries.jsonl",
+        ),
         (["--out", "r.html", "--eval", "broken"], "queries.jsonl:2 is not a line of JSON"),
         (["--out", "r.html", "preprocess.max_query_tokens=61"], "preprocess.max_query_tokens: store 36, recipe 61"),
     ],

@@ -1,6 +1,8 @@
 """Teacher scores: each kind of teacher against a slow twin, resume after a kill, statistics, user errors."""
 
 import dataclasses
+import errno
+import fcntl
 import json
 import math
 import shutil
@@ -8,6 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,9 +31,14 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from pipeline.data import columns
 from pipeline.data.store import open_store
-from pipeline.mining.scoring import LOCK, Scores, describe, group_entropy, locked
-from pipeline.mining.teacher import find_kind, load_teacher
+from pipeline.data.teacher_groups import group_entropy
+from pipeline.files import locked
+from pipeline.mining import models
+from pipeline.mining.folder import folder_digest, own_folder
+from pipeline.mining.models import find_kind
+from pipeline.mining.scoring import Scores, describe
 from pipeline.preprocess import main as preprocess
 from pipeline.score_rows import judge, main, parse_arguments, score_rows
 from pipeline.settings import dump_settings, load_settings
@@ -245,16 +253,16 @@ def test_the_written_recipe_makes_a_store_with_the_scores(
 
 DRIVER = """
 import os, signal, sys
-import pipeline.mining.scoring as scoring
+from pipeline.data import columns
 from pipeline.score_rows import parse_arguments, score_rows
-calls, write = [], scoring.write_atomic
+calls, write = [], columns.write_atomic
 def die_inside(path, fill):
     calls.append(path)
     if len(calls) == {killed_at}:
         fill(path.with_name(path.name + ".tmp"))
         os.kill(os.getpid(), signal.SIGKILL)
     write(path, fill)
-scoring.write_atomic = die_inside
+columns.write_atomic = die_inside
 score_rows(parse_arguments(sys.argv[1:]), block_items=16)
 """
 
@@ -274,32 +282,31 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(
     env = environment() | {"PYTHONPATH": f"{REPOSITORY}:{REPOSITORY}/kernels"}
     killed = subprocess.run([sys.executable, "-c", code, *arguments("killed")], env=env, capture_output=True, text=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
-    work = tmp_path / "killed/.unfinished-normal.jsonl"
-    assert len(list(work.glob("*.npy"))) == KILLED_AT - 1
+    work = tmp_path / "killed/work/scores/normal"
+    (tmp_path / "killed/normal.jsonl.host-1.tmp").touch()
+    assert len(list(work.glob("*.safetensors"))) == KILLED_AT - 1
     assert not (tmp_path / "killed/normal.jsonl").exists()
 
-    from pipeline.mining import scoring
-
     written = []
-    write = scoring.write_atomic
-    monkeypatch.setattr(scoring, "write_atomic", lambda path, fill: (written.append(path.name), write(path, fill)))
+    write = columns.write_atomic
+    monkeypatch.setattr(columns, "write_atomic", lambda path, fill: (written.append(path.name), write(path, fill)))
     score_rows(parse_arguments(arguments("killed")), block_items=16)
     num_resumed = len(written)
+    assert not list((tmp_path / "killed").rglob("*.tmp")), "what the killed run was writing"
     score_rows(parse_arguments(arguments("whole")), block_items=16)
     assert len(written) - num_resumed == num_resumed + KILLED_AT - 1, "finished blocks are not computed again"
-    names = sorted(path.name for path in (tmp_path / "whole").iterdir())
-    assert names == sorted(path.name for path in (tmp_path / "killed").iterdir())
-    assert len(names) == 4
-    with locked(tmp_path / "whole"):
+    names, others = (sorted(path.name for path in (tmp_path / out).glob("*.*")) for out in ("whole", "killed"))
+    assert names == others and len(names) == 5
+    with own_folder(tmp_path / "whole"):
         assert main(arguments("whole")) == 2
-    assert "another process writes scores to" in capsys.readouterr().err
+    assert "another process writes to" in capsys.readouterr().err
     for name in set(names) - {"recipe.yaml"}:  # which names the folder
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "killed" / name).read_bytes()
     # A second run has nothing to do but to clear what a kill at the very end leaves.
     written.clear()
-    (tmp_path / "whole/.unfinished-normal.jsonl").mkdir()
+    (tmp_path / "whole/work/scores/normal").mkdir()
     score_rows(parse_arguments(arguments("whole")), block_items=16)
-    assert written == [] and not (tmp_path / "whole/.unfinished-normal.jsonl").exists()
+    assert written == [] and not (tmp_path / "whole/work/scores/normal").exists()
 
 
 def test_scores_of_another_teacher_are_not_mixed(
@@ -309,12 +316,83 @@ def test_scores_of_another_teacher_are_not_mixed(
     before = (tmp_path / "out/normal.jsonl").read_bytes()
     arguments = ["--config", str(recipe), "--out", str(tmp_path / "out"), "--teacher"]
     assert main([*arguments, str(sentence_transformer)]) == 2
-    assert "holds scores with another teacher_sha256" in capsys.readouterr().err
-    assert main([*arguments, str(cross_encoder), "--sigmoid"]) == 2
-    assert "holds scores with another sigmoid" in capsys.readouterr().err
+    assert "  scores.teacher.sha256: there " in capsys.readouterr().err
+    for more, message in (
+        (["--sigmoid"], "  scores.sigmoid: there False, now True\n"),
+        (["--batch-size", "8"], "  scores.teacher.batch_size: there 32, now 8\n"),
+    ):
+        assert main([*arguments, str(cross_encoder), *more]) == 2
+        assert message in capsys.readouterr().err
     assert main([*arguments, str(cross_encoder), "--dataset", "only_1neg"]) == 0
     assert set(json.loads((tmp_path / "out/scores.json").read_text())["datasets"]) == {"normal", "only_1neg"}
     assert (tmp_path / "out/normal.jsonl").read_bytes() == before
+    assert main([*arguments, str(cross_encoder), "--sigmoid", "--dataset", "only_1neg", "--overwrite"]) == 0
+    assert set(json.loads((tmp_path / "out/scores.json").read_text())["datasets"]) == {"only_1neg"}
+    assert not (tmp_path / "out/normal.jsonl").exists(), "scores of two scales in one folder"
+
+
+def test_what_decides_last_bits_is_recorded(
+    recipe: Path,
+    cross_encoder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run_score(recipe, cross_encoder, tmp_path / "out", "--dataset", "normal")
+    again = ["--config", str(recipe), "--teacher", str(cross_encoder), "--out", str(tmp_path / "out")]
+    with monkeypatch.context() as patch:
+        patch.setattr(models, "version", lambda package: "9.9")
+        patch.setattr(torch.cuda, "is_available", lambda: True)
+        patch.setattr(torch.cuda, "get_device_name", lambda: "H100")
+        assert main(again) == 2
+    message = capsys.readouterr().err
+    for name, now in (("device", "H100"), ("torch", "9.9"), ("transformers", "9.9"), ("sentence-transformers", "9.9")):
+        assert f"  scores.teacher.{name}: there " in message and f", now {now}\n" in message
+    assert message.count("there ") == 4
+
+
+def test_a_file_system_without_locks_is_not_taken_for_another_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    def hold() -> AbstractContextManager[None]:
+        return locked(tmp_path / "new/lock", "somebody is here")
+
+    with hold(), pytest.raises(ValueError, match="^somebody is here$"), hold():
+        pass
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(ValueError, match=r"lock cannot be locked \(Function not implemented\).* -o flock"), hold():
+        pass
+
+
+def test_a_copied_teacher_is_the_same_and_hidden_files_are_none_of_it(cross_encoder: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(cross_encoder, copy)
+    (copy / ".cache/huggingface").mkdir(parents=True)
+    (copy / ".cache/huggingface/download.metadata").write_text("1732212345.6")
+    assert folder_digest(copy) == folder_digest(cross_encoder)
+    (copy / "config.json").write_text((copy / "config.json").read_text() + " ")
+    assert folder_digest(copy) != folder_digest(cross_encoder)
+
+
+def test_a_run_that_failed_at_its_start_blocks_no_other(recipe: Path, cross_encoder: Path, tmp_path: Path) -> None:
+    two = write_bert(tmp_path / "two", 2)
+    arguments = ["--config", str(recipe), "--out", str(tmp_path / "out"), "--dataset", "normal", "--teacher"]
+    assert main([*arguments, str(two)]) == 2
+    assert main([*arguments, str(cross_encoder)]) == 0
+
+
+def test_a_damaged_report_is_named(
+    recipe: Path, cross_encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_score(recipe, cross_encoder, tmp_path / "out", "--dataset", "normal")
+    for damaged in ("{", "[]", "{}"):
+        (tmp_path / "out/scores.json").write_text(damaged)
+        again = ["--config", str(recipe), "--teacher", str(cross_encoder), "--out", str(tmp_path / "out")]
+        assert main(again) == 2
+        assert str(tmp_path / "out/scores.json") in capsys.readouterr().err
 
 
 def test_files_of_others_are_not_overwritten(
@@ -324,9 +402,42 @@ def test_files_of_others_are_not_overwritten(
     before = {path: path.read_bytes() for path in [recipe, *raw.iterdir()]}
     for out in (raw, recipe.parent):
         assert main(["--config", str(recipe), "--teacher", str(cross_encoder), "--out", str(out)]) == 2
-        assert "holds other files" in capsys.readouterr().err
-        assert not (out / LOCK).exists()
+        assert "holds no results of this command" in capsys.readouterr().err
+        assert not (out / "work").exists()
     assert {path: path.read_bytes() for path in [recipe, *raw.iterdir()]} == before
+
+
+FEW_FILES = """
+import resource, sys
+from pathlib import Path
+import numpy as np
+from fake_store import make_store
+from pipeline.mining.scoring import score_dataset
+from pipeline.mining.models import PairModel, TextModel
+rows = [{"query": f"q{i}", "pos": [f"p{i}"], "neg": [f"n{i}", "same"]} for i in range(100)]
+store = make_store({"d": ("normal", rows)})
+table = store.datasets[0]
+def embed(texts, instruction, as_query):
+    return np.array([[len(t), sum(map(ord, t))] for t in texts], np.float32), np.array([t == "q7" for t in texts])
+def score(queries, passages):
+    return (embed(queries, "", True)[0] * embed(passages, "", False)[0]).sum(1)[:, None], embed(queries, "", True)[1]
+resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))
+teachers = PairModel("cross_encoder", "logits", None, score), TextModel("embedder", "cosine", {}, False, embed)
+for teacher, items, cut in zip(teachers, (300, 301), (3, 1)):
+    found = score_dataset(store, table, teacher, Path(sys.argv[1]) / teacher.kind, False, 2)
+    assert (found.num_items, found.num_cut) == (items, cut)
+    for side, text in ((found.pos_score, table.pos_text), (found.neg_score, table.neg_text)):
+        query = np.repeat(table.query_text_N, len(text) // 100).tolist()
+        wanted = score([store.text(i) for i in query], [store.text(i) for i in text.tolist()])[0][:, 0]
+        assert np.array_equal(side, wanted)
+"""
+
+
+def test_more_blocks_than_a_process_may_open_files(tmp_path: Path) -> None:
+    env = environment() | {"PYTHONPATH": f"{REPOSITORY}:{REPOSITORY}/kernels:{REPOSITORY}/tests"}
+    ran = subprocess.run([sys.executable, "-c", FEW_FILES, str(tmp_path)], env=env, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    assert [len(list(folder.iterdir())) for folder in sorted(tmp_path.iterdir())] == [150, 151]
 
 
 def slow_entropy(scores: list[float], temperature: float) -> float:
@@ -410,12 +521,12 @@ def test_scores_that_are_not_finite_are_an_error(
     model.save_pretrained(tmp_path / "broken")
     arguments = ["--config", str(recipe), "--teacher", str(tmp_path / "broken"), "--out", str(tmp_path / "out")]
     assert main(arguments) == 2
-    assert "scores that are not finite" in capsys.readouterr().err
+    assert "numbers that are not finite" in capsys.readouterr().err
     assert not (tmp_path / "out/normal.jsonl").exists()
 
 
 def test_kinds(cross_encoder: Path, sentence_transformer: Path, embedder: Path) -> None:
-    kinds = [find_kind(path) for path in (cross_encoder, sentence_transformer, embedder, embedder / "model")]
+    kinds = [
+        find_kind(path, "--teacher") for path in (cross_encoder, sentence_transformer, embedder, embedder / "model")
+    ]
     assert kinds == ["cross_encoder", "sentence_transformer", "embedder", "embedder"]
-    saved = load_teacher(cross_encoder, False, None)
-    assert saved.scale == "logits"

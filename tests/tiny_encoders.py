@@ -20,7 +20,7 @@ def make_sentence_model(folder: Path) -> Path:
 
     bert = folder.with_name(folder.name + "-bert")
     BertModel(_config(bert)).save_pretrained(bert)
-    transformer = Transformer(str(bert), max_seq_length=32)
+    transformer = Transformer(str(bert), max_seq_length=16)
     SentenceTransformer(modules=[transformer, Pooling(16)], device="cpu").save(str(folder))
     return folder
 

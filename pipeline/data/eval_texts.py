@@ -30,17 +30,20 @@ class EvaluationTexts:
     is_pool: bool = False  # labelled texts that a classifier learns from, not the test itself
 
 
-def folder_texts(folder: Path) -> list[EvaluationTexts]:
+def folder_texts(folder: Path, option: str = "--decontaminate") -> list[EvaluationTexts]:
     """The texts of an evaluation folder; a pool (train.jsonl) comes as a set of its own.
+
+    Args:
+        option: that named the folder, for messages.
 
     Raises:
         ValueError: the folder is none, or a line of it is not JSON or holds no text.
     """
     if not folder.is_dir():
-        hint = "; settings stand before --decontaminate" if "=" in folder.name else ""
-        raise ValueError(f"--decontaminate {folder}: no such folder{hint}")
+        hint = f"; settings stand before {option}" if "=" in folder.name else ""
+        raise ValueError(f"{option} {folder}: no such folder{hint}")
     if not any((folder / name).is_file() for name in FILES):
-        raise ValueError(f"--decontaminate {folder} is not an evaluation folder: it holds none of {', '.join(FILES)}")
+        raise ValueError(f"{option} {folder} is not an evaluation folder: it holds none of {', '.join(FILES)}")
     name = folder.resolve().name
     queries, corpus, pool = array("Q"), array("Q"), array("Q")
     for place, row in _json_lines(folder / "queries.jsonl"):

@@ -51,7 +51,7 @@ class Relations:
 
 @dataclass(frozen=True)
 class Copies:
-    """Hashes of normalised texts: what differs in case, punctuation, width or spaces only has the same one."""
+    """Hashes of the words of texts: what differs in case, punctuation, width or spaces only has the same one."""
 
     text_V: np.ndarray  # int64 text ids, rising
     key_V: np.ndarray  # uint64
@@ -113,12 +113,12 @@ def _pairs_of_rows(table: DatasetTable) -> tuple[np.ndarray, np.ndarray]:
 
 
 def find_copies(store: TokenStore, text_V: np.ndarray) -> Copies:
-    """Hashes of the normalised forms of these texts; int64 ids in rising order."""
-    key_V = np.fromiter((_hash(normalise(store.text(i))) for i in text_V.tolist()), dtype=np.uint64, count=len(text_V))
+    """Hashes of the words of these texts; int64 ids in rising order."""
+    key_V = np.fromiter((_hash(words_of(store.text(i))) for i in text_V.tolist()), dtype=np.uint64, count=len(text_V))
     return Copies(text_V, key_V)
 
 
-def normalise(text: str) -> str:
+def words_of(text: str) -> str:
     """Words of a text in Unicode's compatible form, without case; a text without words stays as it is."""
     plain = unicodedata.normalize("NFKC", text).casefold()
     return " ".join(re.findall(r"\w+", plain)) or plain

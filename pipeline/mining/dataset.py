@@ -10,15 +10,16 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.data.derived import safe_name
+from pipeline.data.derived import rows_file, safe_name, write_rows
 from pipeline.data.raw_rows import raw_row
 from pipeline.data.store import DatasetTable, TokenStore
 from pipeline.datatypes import RULES
-from pipeline.files import write_atomic, write_text
+from pipeline.files import write_text
+from pipeline.mining.block_store import Scored, StoredBlocks, fill_blocks
 from pipeline.mining.blocks import Index, MinedBlock, MiningInput, Teacher, load_block, mine_block, save_block
 from pipeline.mining.corpus import Queries, corpus_texts, distinct_queries, find_copies, relate
-from pipeline.mining.embedding import Embeddings, TextEncoder, embed
 from pipeline.mining.folder import progress_bar
+from pipeline.mining.models import TextModel, embed_texts
 from pipeline.mining.options import BM25, MiningOptions
 from pipeline.mining.report import Report, dataset_report, plot_scores
 from pipeline.mining.search import DenseIndex, index_words
@@ -37,7 +38,7 @@ class MiningRun:
     options: MiningOptions
     embedder: str
     wraps_passages: bool  # passages of types that are wrapped in training are encoded as queries are
-    load_encoder: Callable[[], TextEncoder]
+    load_encoder: Callable[[], TextModel]
     load_teacher: Callable[[], Teacher] | None
     shard_texts: int
     bars: bool
@@ -52,7 +53,7 @@ def mine_dataset(run: MiningRun, table: DatasetTable) -> Report:
             returns what is not finite.
     """
     name = safe_name(table.name)
-    rows_path, report_path = run.out / f"{name}.jsonl", run.out / "work/reports" / f"{name}.json"
+    rows_path, report_path = run.out / rows_file(table.name), run.out / "work/reports" / f"{name}.json"
     if not (rows_path.is_file() and report_path.is_file()):
         source = _prepare(run, table)
         paths = _mine_blocks(run, source)
@@ -60,15 +61,14 @@ def mine_dataset(run: MiningRun, table: DatasetTable) -> Report:
         report_path.parent.mkdir(parents=True, exist_ok=True)
         plot_scores(run.out / f"scores-{name}.png", table.name, light)
         write_text(report_path, json.dumps(dataset_report(source, light), indent=1, ensure_ascii=False) + "\n")
-        write_atomic(rows_path, lambda temporary: _write_rows(temporary, run, table, paths))
+        write_rows(rows_path, (mined_row(run, table, *found) for found in _mined_rows(paths)))
     shutil.rmtree(run.out / "work/rows" / name, ignore_errors=True)
     return dict(json.loads(report_path.read_text(encoding="utf-8")))
 
 
 def finished_reports(out: Path, store: TokenStore) -> list[Report]:
     """Reports of all datasets mined into `out`, in the order of the store."""
-    names = [safe_name(table.name) for table in store.datasets]
-    done = [name for name in names if (out / f"{name}.jsonl").is_file()]
+    done = [safe_name(table.name) for table in store.datasets if (out / rows_file(table.name)).is_file()]
     return [json.loads((out / "work/reports" / f"{name}.json").read_text(encoding="utf-8")) for name in done]
 
 
@@ -112,45 +112,38 @@ def _indexes(run: MiningRun, table: DatasetTable, queries: Queries, corpus_C: np
     return passages, neighbours if wants_neighbours else None
 
 
-def _embed_queries(run: MiningRun, table: DatasetTable, queries: Queries) -> Embeddings:
-    def encode(block: range) -> np.ndarray:
-        parts = []
-        instruction = queries.instruction_Q[block.start : block.stop]
-        for i in np.unique(instruction).tolist():  # queries stand by instruction
-            texts = _texts(run.store, queries.text_Q[block.start : block.stop][instruction == i])
-            parts.append(run.load_encoder().queries(texts, run.store.instructions[i]))
-        return np.concatenate(parts)
-
-    folder = run.out / "work/embeddings" / f"queries-{safe_name(table.name)}"
-    return embed(folder, len(queries.text_Q), encode, f"{table.name}: embed queries", run.bars)
+def _embed_queries(run: MiningRun, table: DatasetTable, queries: Queries) -> StoredBlocks:
+    name, form_Q = f"queries-{safe_name(table.name)}", queries.instruction_Q + 1  # queries stand by instruction
+    return _embed(run, name, queries.text_Q, form_Q, f"{table.name}: embed queries")
 
 
-def _embed_passages(run: MiningRun, table: DatasetTable, corpus_C: np.ndarray) -> Embeddings:
-    instruction = _passage_instruction(run, table)
-
-    def encode(block: range) -> np.ndarray:
-        texts = _texts(run.store, corpus_C[block.start : block.stop])
-        encoder = run.load_encoder()
-        return encoder.passages(texts) if instruction is None else encoder.queries(texts, instruction)
-
+def _embed_passages(run: MiningRun, table: DatasetTable, corpus_C: np.ndarray) -> StoredBlocks:
+    form = _passage_form(run, table)
     # A corpus of several datasets is embedded once, unless each embeds it with an instruction of its own.
-    shared = run.options.corpus == "type" and instruction is None
+    shared = run.options.corpus == "type" and form == 0
     name = f"type-{table.task_type}" if shared else f"{run.options.corpus}-of-{safe_name(table.name)}"
-    folder = run.out / "work/embeddings" / f"passages-{name}"
-    return embed(folder, len(corpus_C), encode, f"{table.name}: embed passages", run.bars)
+    form_C = np.full(len(corpus_C), form)
+    return _embed(run, f"passages-{name}", corpus_C, form_C, f"{table.name}: embed passages")
 
 
-def _passage_instruction(run: MiningRun, table: DatasetTable) -> str | None:
-    """The instruction that passages are wrapped with, as in training; None: plain passages."""
+def _embed(run: MiningRun, name: str, text_N: np.ndarray, form_N: np.ndarray, title: str) -> StoredBlocks:
+    def compute(part: slice) -> Scored:
+        return embed_texts(run.load_encoder(), run.store, text_N[part], form_N[part])
+
+    return fill_blocks(run.out / "work/embeddings" / name, len(text_N), compute, title, run.bars)
+
+
+def _passage_form(run: MiningRun, table: DatasetTable) -> int:
+    """How passages are embedded, as in training: 0 plain, i + 1 wrapped like queries with instruction i."""
     if not RULES[table.task_type].wrap_passages:
-        return None
+        return 0
     found = np.unique(table.instruction_N)
     if len(found) > 1 and run.wraps_passages:
         raise ValueError(
             f"dataset {table.name!r} ({table.task_type}) has {len(found)} instructions; its passages are embedded with "
             "one: split the dataset by instruction, or mine it with bm25 or a sentence-transformers model"
         )
-    return run.store.instructions[int(found[0])]
+    return int(found[0]) + 1
 
 
 def _texts(store: TokenStore, text_ids: np.ndarray) -> list[str]:
@@ -176,13 +169,6 @@ def _without_texts(block: MinedBlock) -> MinedBlock:
     """A block without what only the rows need: the report holds those of all blocks at once."""
     none = np.empty(0, dtype=np.int64)
     return replace(block, negative_text_G=none, nearest_row_M=none)
-
-
-def _write_rows(path: Path, run: MiningRun, table: DatasetTable, blocks: list[Path]) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        for row, negatives, nearest in _mined_rows(blocks):
-            raw = mined_row(run, table, row, negatives, nearest)
-            file.write(json.dumps(raw, ensure_ascii=False) + "\n")
 
 
 def _mined_rows(paths: list[Path]) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:

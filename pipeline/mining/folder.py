@@ -1,28 +1,26 @@
-"""The folder of a mining run: its lock, and the record by which a later run knows whether it may go on.
+"""The folder of a run that mines or scores: its lock, and the record by which a later run knows whether it may go on.
 
-settings.json        what decides the results: embedder, store, options
-<dataset>.jsonl      rows with mined negatives
-report.md, report.json, scores-<dataset>.png
-work/                embeddings, kept for runs with other rules; unfinished rows
+settings.json        what decides the results: models, store, options
+<dataset>.jsonl      rows with mined negatives, or with scores
+recipe.yaml; of mining report.md, report.json and scores-<dataset>.png; of scoring scores.json
+work/                embeddings, kept for mining with other rules; unfinished rows and scores
 """
 
-import fcntl
+import hashlib
 import json
 import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
 
 from tqdm import tqdm
 
-from pipeline.data.store import MANIFEST
-from pipeline.files import file_sha256, write_text
-from pipeline.mining.options import BM25, MiningOptions
+from pipeline.files import file_sha256, locked, write_text
 
 RECORD = "settings.json"
+RESULTS = ("*.jsonl", "recipe.yaml", "report.md", "report.json", "scores-*.png", "scores.json")
 _SHOWN = 8
 
 Record = dict[str, Any]
@@ -34,83 +32,75 @@ def progress_bar(total: int, title: str, unit: str, shown: bool) -> "tqdm[NoRetu
     return tqdm(total=total, desc=title, disable=not shown, mininterval=interval, unit=unit)
 
 
+def folder_digest(folder: Path) -> str:
+    """One sha256 over names and bytes of a model's files: a retrained model is another one, a copied one is the same.
+
+    Names that begin with a dot are left out: `hf download` keeps the times of its downloads there.
+    """
+    lines = [
+        f"{path.relative_to(folder).as_posix()} {file_sha256(path)}"
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    ]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
 @contextmanager
-def locked(out: Path) -> Iterator[None]:
-    """Hold the folder for this process; the lock goes with the process, however it ends."""
-    (out / "work").mkdir(parents=True, exist_ok=True)
-    with (out / "work/lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise ValueError(f"another process is mining in {out}; wait for it to end") from error
-        yield
+def own_folder(out: Path) -> Iterator[None]:
+    """Hold `out` for this process.
 
-
-def model_identity(folder: str | Path) -> dict[str, str]:
-    """sha256 of every file of a model, by name: a changed model is found out, a copied one is the same."""
-    folder = Path(folder)
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {path.relative_to(folder).as_posix(): file_sha256(path) for path in files}
-
-
-def embedding_record(model: Path | None, store: Path) -> Record:
-    """What decides every embedding: the model's files (None: BM25) and the store."""
-    return {"embedder": model_identity(model) if model is not None else BM25, "store": file_sha256(store / MANIFEST)}
-
-
-def option_record(options: MiningOptions) -> Record:
-    """The options as plain values; a teacher as the content of its files."""
-    record: Record = asdict(options)
-    if options.teacher is not None:
-        record["teacher"] = model_identity(options.teacher)
-    return record
-
-
-def require_own_folder(out: Path) -> None:
-    """ValueError if `out` holds anything but results of mining."""
+    Raises:
+        ValueError: it holds anything but results of mining or scoring, or another process holds it.
+    """
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out} is a file; name a folder")
     strange = [path for path in out.iterdir() if path.name != "work"] if out.is_dir() else []
     if strange and not (out / RECORD).is_file():
-        raise ValueError(f"--out {out} is not empty and holds no results of mining; name another folder")
+        raise ValueError(f"--out {out} is not empty and holds no results of this command; name another folder")
+    with locked(out / "work/lock", f"another process writes to {out}; wait for it to end, or set another --out"):
+        yield
 
 
-def prepare_folder(out: Path, embeddings: Record, options: Record, overwrite: bool) -> None:
-    """Make `out` ready for a run with these records: a new folder, one to go on in, or one to clear.
+def prepare_folder(out: Path, new: Record, overwrite: bool) -> None:
+    """Make `out` ready for a run with this record: a new folder, one to go on in, or one to clear.
 
     Args:
-        embeddings: what decides every embedding; kept apart, so that other rules need no new embeddings.
-        options: what decides the negatives beside them.
+        new: what decides the results. What decides embeddings stands under "embeddings": other rules need no new ones.
 
     Raises:
-        ValueError: the folder holds the results of another embedder, store or options; shows what differs. With
-            `overwrite` such results are cleared; embeddings stay if their record is the same.
+        ValueError: the folder holds results with another record; shows what differs. With `overwrite` results are
+            cleared; embeddings stay if their part of the record is the same.
     """
-    new = {"embeddings": embeddings, "options": options}
-    file = out / RECORD
-    if file.is_file():
-        old = _read(file)
-        differing = _differences(old, new)
-        if differing and not overwrite:
-            raise ValueError(
-                f"{out} holds negatives that were mined otherwise:\n"
-                + "\n".join(differing)
-                + "\ngive --overwrite to mine anew, or set another --out"
-            )
-        if overwrite:
-            _clear(out, keep_embeddings=old.get("embeddings") == embeddings)
-    else:
-        _clear(out, keep_embeddings=False)  # whatever lies in work/ is of no known origin
+    file, found = out / RECORD, _holds_results(out)
+    old = read_record(file, set(new)) if file.is_file() else {}
+    if old and found and not overwrite and (differing := _differences(old, new)):
+        raise ValueError(
+            f"{out} holds results that were made otherwise:\n"
+            + "\n".join(differing)
+            + "\n(batch size, device and versions decide a model's last bits.) Go on as before, give --overwrite to "
+            "start anew, or set another --out"
+        )
+    if overwrite or old != new:  # without a record, whatever lies in work/ is of no known origin
+        _clear(out, keep_embeddings=bool(old) and old.get("embeddings") == new.get("embeddings"))
+    for path in (*out.glob("*.tmp"), *out.glob("work/**/*.tmp")):  # of killed runs: the lock is ours
+        path.unlink()
+    out.mkdir(parents=True, exist_ok=True)
     write_text(file, json.dumps(new, indent=1, ensure_ascii=False) + "\n")
 
 
-def _read(file: Path) -> Record:
+def _holds_results(out: Path) -> bool:
+    """Whether anything was computed here: a run that failed before it began leaves a record alone."""
+    return any(out.glob("*.jsonl")) or any(path.is_file() for path in out.glob("work/*/**/*"))
+
+
+def read_record(file: Path, parts: set[str]) -> Record:
+    """A JSON object with these parts; ValueError if the file is none."""
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{file} cannot be read ({error}); name another --out") from error
-    if not isinstance(record, dict) or not {"embeddings", "options"} <= set(record):
-        raise ValueError(f"{file} is not a record of mining; name another --out")
+    if not isinstance(record, dict) or set(record) != parts:
+        raise ValueError(f"{file} was not written by this command; name another --out")
     return record
 
 
@@ -129,10 +119,9 @@ def _flat(tree: Record, prefix: str = "") -> Record:
 
 
 def _clear(out: Path, keep_embeddings: bool) -> None:
-    """Remove what mining wrote except its record, which the new one replaces: an interrupted clearing is repeated."""
-    if not keep_embeddings:
-        shutil.rmtree(out / "work/embeddings", ignore_errors=True)
-    shutil.rmtree(out / "work/rows", ignore_errors=True)
-    single = (out / name for name in ("report.md", "report.json", "recipe.yaml"))
-    for path in (*out.glob("*.jsonl"), *out.glob("scores-*.png"), *single):
-        path.unlink(missing_ok=True)
+    """Remove all results but the record, which the new one replaces: an interrupted clearing is repeated."""
+    for folder in out.glob("work/*"):
+        if folder.is_dir() and not (keep_embeddings and folder.name == "embeddings"):
+            shutil.rmtree(folder)
+    for path in (path for pattern in RESULTS for path in out.glob(pattern)):
+        path.unlink()

@@ -15,6 +15,7 @@ from pipeline.files import write_atomic, write_text
 from pipeline.mining.blocks import SHOWN_RANKS, MinedBlock, MiningInput
 from pipeline.mining.options import BM25, RECALL_RANKS
 from pipeline.mining.rules import REASONS, active_rules
+from pipeline.mining.search import DenseIndex
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 _BINS = 60
@@ -38,6 +39,7 @@ def dataset_report(source: MiningInput, blocks: Sequence[MinedBlock]) -> Report:
         "rows": table.num_rows,
         "distinct_queries": len(source.queries.text_Q),
         "corpus_texts": len(source.corpus_C),
+        "texts_cut": _texts_cut(source),
         "window": [options.first_rank, options.last_rank],
         "rows_with_short_window": int((candidates_N <= options.last_rank - options.first_rank).sum()),
         "recall": {str(k): float(((rank_N > 0) & (rank_N <= k)).mean()) for k in RECALL_RANKS},
@@ -54,6 +56,14 @@ def dataset_report(source: MiningInput, blocks: Sequence[MinedBlock]) -> Report:
     if options.num_nearest:
         report["rows_with_few_neighbours"] = int((near_N < options.num_nearest).sum())
     return report
+
+
+def _texts_cut(source: MiningInput) -> dict[str, int] | None:
+    """Texts longer than the embedder reads; None for BM25, which reads all."""
+    index = source.passages
+    if not isinstance(index, DenseIndex):
+        return None
+    return {"queries": index.queries.count_cut(), "passages": index.texts.count_cut()}
 
 
 def _rows_with_scores(source: MiningInput) -> int:
@@ -112,12 +122,14 @@ def write_reports(out: Path, embedder: str, reports: Sequence[Report]) -> None:
 def summary_table(reports: Sequence[Report]) -> list[str]:
     """One line a dataset, as Markdown."""
     recalls = [f"recall@{k}" for k in RECALL_RANKS]
-    header = ["dataset", "rows", "corpus", *recalls, "candidates", "removed", "negatives", "rows with too few"]
+    header = ["dataset", "rows", "corpus", "cut", *recalls, "candidates", "removed", "negatives", "rows with too few"]
     lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
     for r in reports:
         recall = [f"{value:.3f}" for value in r["recall"].values()]
         counts = [r["candidates"], sum(r["removed"].values()), r["negatives"], r["rows_with_too_few"]]
-        cells = [r["dataset"], f"{r['rows']:,}", f"{r['corpus_texts']:,}", *recall, *(f"{c:,}" for c in counts)]
+        cut = "-" if r["texts_cut"] is None else f"{sum(r['texts_cut'].values()):,}"
+        sizes = [f"{r['rows']:,}", f"{r['corpus_texts']:,}", cut]
+        cells = [r["dataset"], *sizes, *recall, *(f"{c:,}" for c in counts)]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 
@@ -133,6 +145,11 @@ def _notes(report: Report, embedder: str) -> list[str]:
     if short := report["rows_with_short_window"]:
         why = "texts that share no word with the query are not ranked" if embedder == BM25 else "the corpus is small"
         lines.append(f"- in {short:,} rows the ranking ends within the window or before it ({why}).")
+    if cut := report["texts_cut"]:
+        lines.append(
+            f"- the embedder cut {cut['queries']:,} of the queries and {cut['passages']:,} of the texts to its maximum "
+            "length."
+        )
     if report["teacher"]:
         seen, removed = report["teacher"]["seen"], report["teacher"]["removed"]
         lines.append(f"- the teacher read {seen:,} drawn candidates and removed {removed:,}.")

@@ -4,28 +4,21 @@ N rows, C candidates (all positives, then all negatives), I items that the teach
 width, G groups.
 """
 
-import fcntl
-import hashlib
-import json
-import shutil
-import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from pipeline.data.derived import kept_rows
 from pipeline.data.store import DatasetTable, TokenStore
+from pipeline.data.teacher_groups import group_entropy, group_scores
 from pipeline.datatypes import RULES
-from pipeline.files import file_sha256, write_atomic, write_text
-from pipeline.mining.teacher import PairTeacher, Scored, Teacher, TextTeacher
+from pipeline.mining.block_store import Scored, fill_blocks
+from pipeline.mining.folder import progress_bar
+from pipeline.mining.models import PairModel, TextModel, embed_texts
 
-BLOCK_ITEMS = 1024
-LOCK = ".lock"
 COSINES_AT_ONCE = 8192
 TEMPERATURES = (0.02, 0.1, 0.5, 1.0, 2.0, 5.0, 10.0)  # 1 is the trainer's
 
@@ -43,7 +36,7 @@ class Scores:
 def score_dataset(
     store: TokenStore,
     table: DatasetTable,
-    teacher: Teacher,
+    teacher: PairModel | TextModel,
     work: Path,
     bars: bool,
     block_items: int,
@@ -56,21 +49,16 @@ def score_dataset(
         block_items: pairs or texts of one block.
 
     Raises:
-        ValueError: the teacher gave a score that is not finite.
+        ValueError: the teacher gives what is not finite.
     """
     num_pos_N, num_neg_N = np.diff(table.pos_offsets), np.diff(table.neg_offsets)
     row_C = np.concatenate([np.repeat(np.arange(table.num_rows), num_N) for num_N in (num_pos_N, num_neg_N)])
     passage_C = np.concatenate([table.pos_text, table.neg_text])
-    if isinstance(teacher, PairTeacher):
+    if isinstance(teacher, PairModel):
         found = _score_pairs(store, table, row_C, passage_C, teacher, work, bars, block_items)
     else:
         found = _score_cosines(store, table, row_C, passage_C, teacher, work, bars, block_items)
     score_C, num_items, num_cut = found
-    if num_bad := int((~np.isfinite(score_C)).sum()):
-        raise ValueError(
-            f"dataset {table.name!r}: the teacher gave {num_bad:,} scores that are not finite; its weights are damaged "
-            f"or overflow in their precision. Remove {work} before another try"
-        )
     split = len(table.pos_text)
     return Scores(score_C[:split], score_C[split:], num_items, num_cut)
 
@@ -80,7 +68,7 @@ def _score_pairs(
     table: DatasetTable,
     row_C: np.ndarray,
     passage_C: np.ndarray,
-    teacher: PairTeacher,
+    teacher: PairModel,
     work: Path,
     bars: bool,
     block_items: int,
@@ -92,9 +80,8 @@ def _score_pairs(
         query_I, passage_I = (ids.tolist() for ids in np.divmod(key_I[part], store.num_texts))
         return teacher.score([store.text(i) for i in query_I], [store.text(i) for i in passage_I])
 
-    blocks = run_blocks(work, len(key_I), block_items, compute, f"{table.name}: pairs" if bars else "")
-    value_I = np.concatenate([block["value"] for block in blocks])
-    return value_I[item_C], len(key_I), sum(int(block["cut"].sum()) for block in blocks)
+    values = fill_blocks(work, len(key_I), compute, f"{table.name}: pairs", bars, block_items)
+    return values.read(0, len(key_I))[item_C, 0], len(key_I), values.count_cut()
 
 
 def _score_cosines(
@@ -102,7 +89,7 @@ def _score_cosines(
     table: DatasetTable,
     row_C: np.ndarray,
     passage_C: np.ndarray,
-    teacher: TextTeacher,
+    teacher: TextModel,
     work: Path,
     bars: bool,
     block_items: int,
@@ -121,102 +108,16 @@ def _score_cosines(
 
     def compute(part: slice) -> Scored:
         form_I, text_I = np.divmod(key_I[part], store.num_texts)
-        found = []
-        for form in np.unique(form_I).tolist():
-            texts = [store.text(i) for i in text_I[form_I == form].tolist()]
-            instruction = store.instructions[form - 1] if form and teacher.uses_instruction else ""
-            found.append(teacher.embed(texts, instruction, form > 0))
-        # Keys are sorted, so forms stand one after the other.
-        return np.concatenate([v for v, _ in found]), np.concatenate([cut for _, cut in found])
+        return embed_texts(teacher, store, text_I, form_I)
 
-    blocks = run_blocks(work, len(key_I), block_items, compute, f"{table.name}: texts" if bars else "")
+    values = fill_blocks(work, len(key_I), compute, f"{table.name}: texts", bars, block_items)
     score_C = np.empty(len(row_C), dtype=np.float32)
-    starts = range(0, len(row_C), COSINES_AT_ONCE)
-    for start in tqdm(starts, desc=f"{table.name}: cosines", disable=not bars, mininterval=_interval(), unit="part"):
-        part = slice(start, start + COSINES_AT_ONCE)
-        left_CD, right_CD = (_gather(blocks, item_C[part], block_items) for item_C in (query_C, passage_C))
-        score_C[part] = np.einsum("cd,cd->c", left_CD, right_CD)
-    return score_C, len(key_I), sum(int(block["cut"].sum()) for block in blocks)
-
-
-def _gather(blocks: list[np.ndarray], item_C: np.ndarray, block_items: int) -> np.ndarray:
-    """Values of items from blocks of `block_items` each: float32 [C, D]."""
-    values_CD = np.empty((len(item_C), *blocks[0].dtype["value"].shape), dtype=np.float32)
-    block_C = item_C // block_items
-    for b in np.unique(block_C).tolist():
-        here = block_C == b
-        values_CD[here] = blocks[b]["value"][item_C[here] % block_items]
-    return values_CD
-
-
-def run_blocks(
-    work: Path, num_items: int, block_items: int, compute: Callable[[slice], Scored], title: str
-) -> list[np.ndarray]:
-    """Values of all items in memory-mapped blocks with fields `value` (float32, or float32 [D]) and `cut` (bool).
-
-    A block is written when it is finished, complete or absent, and never computed again. `title` names the progress
-    bar; "" shows none.
-    """
-    blocks = []
-    with tqdm(total=num_items, desc=title, disable=not title, mininterval=_interval(), unit="item") as progress:
-        for start in range(0, num_items, block_items):
-            part = slice(start, min(start + block_items, num_items))
-            path = work / f"{start:012d}.npy"
-            if not path.is_file():
-                value_I, cut_I = compute(part)
-                assert len(value_I) == len(cut_I) == part.stop - part.start
-                fields = np.dtype([("value", np.float32, value_I.shape[1:]), ("cut", np.bool_)])
-                block = np.empty(len(value_I), dtype=fields)
-                block["value"], block["cut"] = value_I, cut_I
-                write_atomic(path, lambda temporary, block=block: _save(temporary, block))  # type: ignore[misc]
-            blocks.append(np.load(path, mmap_mode="r"))
-            progress.update(part.stop - part.start)
-    return blocks
-
-
-def _save(path: Path, block: np.ndarray) -> None:
-    with path.open("wb") as file:
-        np.save(file, block)
-
-
-def _interval() -> float:
-    return 0.2 if sys.stderr.isatty() else 30.0
-
-
-@contextmanager
-def locked(out: Path) -> Iterator[None]:
-    """Hold the output folder for this process; the lock goes with the process, however it ends."""
-    out.mkdir(parents=True, exist_ok=True)
-    with (out / LOCK).open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise ValueError(f"another process writes scores to {out}; wait for it, or choose another --out") from error
-        yield
-
-
-def open_work(work: Path, identity: Mapping[str, Any]) -> None:
-    """Create the folder of finished blocks, or check that it belongs to the same scoring; ValueError if not."""
-    record, text = work / "identity.json", json.dumps(identity, indent=1) + "\n"
-    if record.is_file() and record.read_text(encoding="utf-8") != text:
-        raise ValueError(
-            f"{work} holds the unfinished scores of another teacher or store; remove it, or choose another --out"
-        )
-    if not record.is_file():
-        # Blocks without an identity could be anyone's.
-        shutil.rmtree(work, ignore_errors=True)
-        work.mkdir(parents=True)
-        write_text(record, text)
-
-
-def folder_digest(folder: Path) -> str:
-    """One sha256 over names and bytes of all files of a model's folder: a retrained teacher is another teacher."""
-    lines = [
-        f"{path.relative_to(folder).as_posix()} {file_sha256(path)}"
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-    ]
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+    with progress_bar(len(row_C), f"{table.name}: cosines", "pair", bars) as bar:
+        for start in range(0, len(row_C), COSINES_AT_ONCE):
+            part = slice(start, min(start + COSINES_AT_ONCE, len(row_C)))
+            score_C[part] = np.einsum("cd,cd->c", values.take(query_C[part]), values.take(passage_C[part]))
+            bar.update(part.stop - part.start)
+    return score_C, len(key_I), values.count_cut()
 
 
 def scored_rows(store: TokenStore, table: DatasetTable, scores: Scores) -> Iterator[dict[str, Any]]:
@@ -239,10 +140,11 @@ def describe(table: DatasetTable, scores: Scores) -> dict[str, Any]:
     entropy is that of softmax(scores / temperature) as a share of log(group size): 0 is one-hot, 1 is uniform.
     """
     score_C = np.concatenate([scores.pos_score, scores.neg_score])
-    group_score_C, offsets = _groups(table, scores)
+    with_negatives = np.flatnonzero(np.diff(table.neg_offsets))
+    group_score_C, offsets = group_scores(table, scores.pos_score, scores.neg_score, with_negatives)
     found: dict[str, Any] = {
         "rows": table.num_rows,
-        "rows_without_negatives": table.num_rows - (len(offsets) - 1),
+        "rows_without_negatives": table.num_rows - len(with_negatives),
         "candidates": len(score_C),
         "scored": scores.num_items,
         "truncated": scores.num_cut,
@@ -252,7 +154,7 @@ def describe(table: DatasetTable, scores: Scores) -> dict[str, Any]:
         "positive_first": None,
         "entropy": None,
     }
-    if len(offsets) > 1:
+    if len(with_negatives):
         is_positive_C = np.zeros(len(group_score_C), dtype=bool)
         is_positive_C[offsets[:-1]] = True
         best_negative_G = np.maximum.reduceat(np.where(is_positive_C, -np.inf, group_score_C), offsets[:-1])
@@ -262,26 +164,3 @@ def describe(table: DatasetTable, scores: Scores) -> dict[str, Any]:
             str(t): float((group_entropy(group_score_C, offsets, t) / log_size_G).mean()) for t in TEMPERATURES
         }
     return found
-
-
-def _groups(table: DatasetTable, scores: Scores) -> tuple[np.ndarray, np.ndarray]:
-    """Scores of all rows with negatives, float64: first positive, then the negatives; and offsets [G + 1]."""
-    num_neg_N = np.diff(table.neg_offsets)
-    row_G = np.flatnonzero(num_neg_N)
-    offsets = np.concatenate([[0], np.cumsum(num_neg_N[row_G] + 1)]).astype(np.int64)
-    group_score_C = np.empty(int(offsets[-1]), dtype=np.float64)
-    is_positive_C = np.zeros(len(group_score_C), dtype=bool)
-    is_positive_C[offsets[:-1]] = True
-    group_score_C[is_positive_C] = scores.pos_score[table.pos_offsets[row_G]]
-    group_score_C[~is_positive_C] = scores.neg_score
-    return group_score_C, offsets
-
-
-def group_entropy(score_C: np.ndarray, offsets: np.ndarray, temperature: float) -> np.ndarray:
-    """Entropy in nats of softmax(scores / temperature) of each group: [G]. Groups are not empty."""
-    starts, group_C = offsets[:-1], np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
-    logit_C = score_C / temperature
-    logit_C = logit_C - np.maximum.reduceat(logit_C, starts)[group_C]
-    weight_C = np.exp(logit_C)
-    total_G = np.add.reduceat(weight_C, starts)
-    return np.log(total_G) - np.add.reduceat(weight_C * logit_C, starts) / total_G

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.mining.embedding import Embeddings
+from pipeline.mining.block_store import StoredBlocks
 
 _SLACK = 64  # places fetched beyond those asked for, so that rounding in the search rarely needs a second look
 _RESCORE_BYTES = 32 << 20
@@ -27,8 +27,8 @@ class Ranking:
 class DenseIndex:
     """Queries and texts as embeddings; their score is the inner product."""
 
-    queries: Embeddings
-    texts: Embeddings
+    queries: StoredBlocks
+    texts: StoredBlocks
     shard_texts: int
 
     def search(
@@ -38,8 +38,8 @@ class DenseIndex:
         query_BD = self.queries.take(query_B)
         place_BK = np.full((len(query_B), depth), -1, dtype=np.int64)
         score_BK = np.full((len(query_B), depth), -np.inf, dtype=np.float32)
-        for start in range(0, self.texts.num_texts, self.shard_texts):
-            shard_CD = self.texts.read(start, min(start + self.shard_texts, self.texts.num_texts))
+        for start in range(0, self.texts.num_items, self.shard_texts):
+            shard_CD = self.texts.read(start, min(start + self.shard_texts, self.texts.num_items))
             place, score = top_of_shard(query_BD, shard_CD, depth, score_BK[:, -1])
             place_BK, score_BK = _best(
                 np.concatenate([place_BK, np.where(place >= 0, place + start, -1)], axis=1),

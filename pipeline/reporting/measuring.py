@@ -9,17 +9,16 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from pipeline.data.eval_texts import EvaluationTexts, folder_texts
 from pipeline.data.parallel import run_tasks
 from pipeline.data.sampling import Schedule
 from pipeline.data.schedule import DatasetSchedule
 from pipeline.data.store import DatasetEntry, DatasetTable, TokenStore
 from pipeline.prompts import Template
 from pipeline.reporting.overlap import (
-    EvaluationTexts,
     Overlap,
     TrainingTexts,
     find_overlap,
-    load_evaluation,
     share_of_queries_seen,
     training_stride,
     training_texts,
@@ -52,7 +51,7 @@ class MeasuredDataset:
 
 @dataclass(frozen=True)
 class MeasuredEvaluation:
-    """Overlap of one evaluation folder with each dataset."""
+    """Overlap of one evaluation set with each dataset."""
 
     texts: EvaluationTexts
     overlaps: tuple[Overlap, ...]  # in the order of the datasets
@@ -81,7 +80,8 @@ def measure(
     store: TokenStore, schedule: Schedule, template: Template, evaluation_folders: Sequence[Path], bars: bool
 ) -> Report:
     """Measure a store under a recipe's schedule; ValueError for an evaluation folder that cannot be read."""
-    evaluations = _each(load_evaluation, evaluation_folders, "read evaluation sets", bars)
+    read = _each(lambda folder: folder_texts(folder, "--eval"), evaluation_folders, "read evaluation sets", bars)
+    evaluations = [texts for sets in read for texts in sets]
     stride = use_stride(store)
     steps = sample_steps(schedule)
 

@@ -1,6 +1,6 @@
 """What the rows of a dataset hold: positives and negatives a row, teacher scores.
 
-N rows, R rows with scores among those looked at, G texts of their groups (positive and negatives) one after another.
+N rows, R rows with scores among those looked at, C texts of their groups one after another.
 """
 
 from dataclasses import dataclass
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pipeline.data.store import DatasetTable
+from pipeline.data.teacher_groups import group_entropy, group_scores, ragged_places
 
 MAX_SCORED_ROWS = 1_000_000  # of a larger dataset so many rows are looked at, evenly spaced
 BLOCK = 1 << 22
@@ -48,42 +49,16 @@ def teacher_scores(table: DatasetTable, max_rows: int = MAX_SCORED_ROWS) -> Teac
     row = np.arange(table.num_rows)
     if table.num_rows > max_rows:
         row = np.linspace(0, table.num_rows - 1, max_rows).astype(np.int64)
-    first = np.asarray(table.pos_score[table.pos_offsets[row]], dtype=np.float64)
-    row_R, positive_R = row[~np.isnan(first)], first[~np.isnan(first)]
+    row_R = row[~np.isnan(table.pos_score[table.pos_offsets[row]])]
     if len(row_R) == 0:
         return None
-    negative_place = _ragged_places(table.neg_offsets, row_R)
-    size_R = 1 + np.asarray(table.neg_offsets[row_R + 1] - table.neg_offsets[row_R])
-    start_R = np.concatenate([[0], np.cumsum(size_R)[:-1]])
-    score_G = np.empty(int(size_R.sum()))
-    is_positive_G = np.zeros(len(score_G), dtype=bool)
-    is_positive_G[start_R] = True
-    score_G[is_positive_G] = positive_R
-    score_G[~is_positive_G] = table.neg_score[negative_place]
-    entropy_R = _entropies(score_G, start_R, size_R)
-    every = np.concatenate([table.pos_score[_ragged_places(table.pos_offsets, row_R)], score_G])
+    score_C, offsets = group_scores(table, table.pos_score, table.neg_score, row_R)
+    every = np.concatenate([table.pos_score[ragged_places(table.pos_offsets, row_R)], score_C])
     return TeacherScores(
         num_rows=len(row),
         num_scored=len(row_R),
         lowest=float(every.min()),
         highest=float(every.max()),
-        mean_entropy=float(entropy_R.mean()),
-        mean_uniform=float(np.log(size_R).mean()),
+        mean_entropy=float(group_entropy(score_C, offsets, 1.0).mean()),
+        mean_uniform=float(np.log(np.diff(offsets)).mean()),
     )
-
-
-def _ragged_places(offsets: np.ndarray, row_R: np.ndarray) -> np.ndarray:
-    """Places of all values of these rows, row after row."""
-    start = np.asarray(offsets[row_R], dtype=np.int64)
-    count = np.asarray(offsets[row_R + 1], dtype=np.int64) - start
-    before = np.concatenate([[0], np.cumsum(count)])
-    return np.arange(before[-1]) + np.repeat(start - before[:-1], count)
-
-
-def _entropies(score_G: np.ndarray, start_R: np.ndarray, size_R: np.ndarray) -> np.ndarray:
-    """Entropy of the softmax over each group."""
-    shifted_G = score_G - np.repeat(np.maximum.reduceat(score_G, start_R), size_R)
-    weight_G = np.exp(shifted_G)
-    sum_R = np.add.reduceat(weight_G, start_R)
-    mean_shifted_R = np.add.reduceat(weight_G * shifted_G, start_R) / sum_R
-    return np.log(sum_R) - mean_shifted_R

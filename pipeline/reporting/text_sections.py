@@ -175,17 +175,18 @@ def overlap_section(report: Report) -> Section:
     note = sampled(f"1 training text in {n}") if n > 1 else "All training texts were compared."
     lead = (
         "Distinct training queries and positives that are a query or a passage of an evaluation set, after NFKC, case "
-        f"folding and white space. A passage with a title is compared with and without it. {note}"
+        "folding and white space. A passage with a title is two passage texts: with it and without it. The labelled "
+        f"texts of train.jsonl are a set of their own. {note}"
     )
     head = (
-        "evaluation set | its queries | its passages | its queries seen in training | training queries among its "
+        "evaluation set | its queries | its passage texts | its queries seen in training | training queries among its "
         "queries | training queries among its passages | positives among its queries | positives among its passages"
     )
     rows = []
     for evaluation in report.evaluations:
         o, texts = evaluation.overlaps, evaluation.texts
         rows.append([
-            text_cell(texts.name), count(len(texts.queries)), count(texts.num_passages),
+            text_cell(texts.name), count(len(texts.queries)), count(len(texts.corpus)),
             share(evaluation.share_of_queries_seen, heat=True), count(sum(x.queries_in_queries for x in o)),
             count(sum(x.queries_in_corpus for x in o)), count(sum(x.positives_in_queries for x in o)),
             count(sum(x.positives_in_corpus for x in o)),

@@ -1,34 +1,37 @@
-"""Teachers that give scores: a cross-encoder, a SentenceTransformer, or an embedder of this project.
+"""Models that mine and score: a cross-encoder, a SentenceTransformer, or an embedder of this project.
 
 N texts or pairs, D width.
 """
 
 import importlib.util
 import json
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from pipeline.data.store import TokenStore
 from pipeline.data.tokenizing import tokenize_pieces
-from pipeline.mining.embedding import quiet_transformers
+from pipeline.inference.description import DESCRIPTION_FILE
+from pipeline.mining.block_store import BLOCK_ITEMS, Scored
+from pipeline.mining.folder import Record, folder_digest
 
 if TYPE_CHECKING:
     from sentence_transformers.base.model import BaseModel
 
-    from pipeline.data.store import TokenStore
     from pipeline.inference.embedder import FewShotEmbedder
 
 Kind = Literal["cross_encoder", "sentence_transformer", "embedder"]
-Scored = tuple[np.ndarray, np.ndarray]  # float32 [N] or [N, D], and bool [N]: cut to the teacher's maximum length
 BATCH_SIZE = 32
 
 
 @dataclass(frozen=True)
-class PairTeacher:
-    """Reads query and passage together; `score(queries, passages)` gives one number a pair. Knows no instruction."""
+class PairModel:
+    """Reads query and passage together; `score(queries, passages)` gives D = 1. Knows no instruction."""
 
     kind: Kind
     scale: Literal["logits", "sigmoid"]
@@ -37,7 +40,7 @@ class PairTeacher:
 
 
 @dataclass(frozen=True)
-class TextTeacher:
+class TextModel:
     """Embeds texts to length 1; `embed(texts, instruction, as_query)`. The score of a pair is the cosine."""
 
     kind: Kind
@@ -47,71 +50,83 @@ class TextTeacher:
     embed: Callable[[Sequence[str], str, bool], Scored]
 
 
-Teacher = PairTeacher | TextTeacher
-
-
 def model_folder(path: Path) -> Path:
     """The folder that holds the model: of a run its model/ folder."""
-    return path / "model" if (path / "model/embedder.json").is_file() else path
+    return path / "model" if (path / "model" / DESCRIPTION_FILE).is_file() else path
 
 
-def find_kind(path: Path) -> Kind:
-    """What kind of teacher a folder holds; ValueError where none is recognised."""
+def find_kind(path: Path, option: str) -> Kind:
+    """What kind of model a folder holds; ValueError (naming the option) where none is recognised or can be loaded."""
     if not path.is_dir():
-        hint = f"hf download {path} --local-dir FOLDER, then --teacher FOLDER"
-        raise ValueError(f"--teacher {path}: no such folder; a model of the hub is fetched first: {hint}")
-    if (model_folder(path) / "embedder.json").is_file():
+        hint = f"hf download {path} --local-dir FOLDER, then {option} FOLDER"
+        raise ValueError(f"{option} {path}: no such folder; a model of the hub is fetched first: {hint}")
+    if (model_folder(path) / DESCRIPTION_FILE).is_file():
         return "embedder"
     saved_as = _read_json(path / "config_sentence_transformers.json").get("model_type", "SentenceTransformer")
     architectures = _read_json(path / "config.json").get("architectures") or [""]
-    if saved_as == "CrossEncoder" or architectures[0].endswith("ForSequenceClassification"):
-        return "cross_encoder"
-    if (path / "modules.json").is_file() and saved_as == "SentenceTransformer":
-        return "sentence_transformer"
-    raise ValueError(
-        f"--teacher {path} holds neither a cross-encoder (config.json with a ...ForSequenceClassification model), nor "
-        "a SentenceTransformer (modules.json), nor an embedder of this project (a run's folder)"
-    )
-
-
-def load_teacher(path: Path, sigmoid: bool, batch_size: int | None) -> Teacher:
-    """Load a teacher onto the GPU if there is one.
-
-    Args:
-        sigmoid: squash a cross-encoder's logits to 0..1.
-        batch_size: pairs or texts of a forward pass of a sentence-transformers model; None: 32.
-
-    Raises:
-        ValueError: the folder holds no teacher, an option does not fit its kind, or a package is missing.
-    """
-    kind = find_kind(path)
-    if sigmoid and kind != "cross_encoder":
-        raise ValueError(f"--sigmoid is for cross-encoders; {path} is an embedder, whose scores are cosines")
-    if batch_size is not None and kind == "embedder":
-        raise ValueError("--batch-size is for sentence-transformers models; this embedder packs by tokens")
-    if batch_size is not None and batch_size < 1:
-        raise ValueError(f"--batch-size {batch_size} must be at least 1")
-    if kind == "embedder":
-        return _load_embedder(path)
+    is_cross_encoder = saved_as == "CrossEncoder" or architectures[0].endswith("ForSequenceClassification")
+    if not is_cross_encoder and not ((path / "modules.json").is_file() and saved_as == "SentenceTransformer"):
+        raise ValueError(
+            f"{option} {path} holds neither a cross-encoder (config.json with a ...ForSequenceClassification model), "
+            "nor a SentenceTransformer (modules.json), nor an embedder of this project (a run's folder)"
+        )
     if importlib.util.find_spec("sentence_transformers") is None:
         raise ValueError("sentence-transformers is not installed; pip install 'bge-icl-train[mining]'")
+    return "cross_encoder" if is_cross_encoder else "sentence_transformer"
+
+
+def model_record(path: Path, kind: Kind, batch_size: int | None) -> Record:
+    """What decides a model's numbers to the last bit: its files, and how they are run."""
+    import torch
+
+    record: Record = {
+        "sha256": folder_digest(model_folder(path)),
+        "batch_size": None if kind == "embedder" else batch_size or BATCH_SIZE,
+        "block_items": BLOCK_ITEMS,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+    }
+    packages = ("torch", "transformers") if kind == "embedder" else ("torch", "transformers", "sentence-transformers")
+    return record | {package: version(package) for package in packages}
+
+
+def load_model(path: Path, option: str, batch_size: int | None = None, sigmoid: bool = False) -> PairModel | TextModel:
+    """Load a model onto the GPU if there is one.
+
+    Args:
+        option: that named the folder, for messages.
+        batch_size: pairs or texts of a forward pass of a sentence-transformers model (None: 32); ours packs by tokens.
+        sigmoid: squash a cross-encoder's logits to 0..1.
+
+    Raises:
+        ValueError: the folder holds no model, or one with several scores a pair.
+    """
+    kind = find_kind(path, option)
+    if kind == "embedder":
+        return _load_embedder(path)
     if kind == "cross_encoder":
-        return _load_cross_encoder(path, sigmoid, batch_size or BATCH_SIZE)
+        return _load_cross_encoder(path, option, sigmoid, batch_size or BATCH_SIZE)
     return _load_sentence_transformer(path, batch_size or BATCH_SIZE)
 
 
-def load_judge(path: Path, store: "TokenStore", batch_size: int) -> Callable[[list[tuple[int, int]]], np.ndarray]:
+def load_text_model(path: Path, option: str, batch_size: int | None) -> TextModel:
+    """As `load_model`, of a folder that `find_kind` says holds no cross-encoder."""
+    model = load_model(path, option, batch_size)
+    assert isinstance(model, TextModel)
+    return model
+
+
+def load_judge(path: Path, store: TokenStore, batch_size: int | None) -> Callable[[list[tuple[int, int]]], np.ndarray]:
     """A cross-encoder's scores in 0..1 of (query, passage) pairs of text ids: float32 [N].
 
     Raises:
-        ValueError: the folder holds no cross-encoder, or one whose scores are not finite.
+        ValueError: it gives several scores a pair, or (later) what is not finite.
     """
-    teacher = load_teacher(path, True, batch_size)
-    assert isinstance(teacher, PairTeacher), "an embedder takes no sigmoid"
+    teacher = load_model(path, "--teacher", batch_size, sigmoid=True)
+    assert isinstance(teacher, PairModel)
 
     def judge(pairs: list[tuple[int, int]]) -> np.ndarray:
         queries, passages = ([store.text(text) for text in side] for side in zip(*pairs, strict=True))
-        scores_N, _ = teacher.score(queries, passages)
+        scores_N = teacher.score(queries, passages)[0][:, 0]
         if not np.isfinite(scores_N).all():
             raise ValueError(f"--teacher {path} gives scores that are not finite; its weights are damaged")
         return scores_N
@@ -119,28 +134,41 @@ def load_judge(path: Path, store: "TokenStore", batch_size: int) -> Callable[[li
     return judge
 
 
-def _load_cross_encoder(path: Path, sigmoid: bool, batch_size: int) -> PairTeacher:
+def embed_texts(model: TextModel, store: TokenStore, text_N: np.ndarray, form_N: np.ndarray) -> Scored:
+    """Embed texts of a store by their ids.
+
+    Args:
+        form_N: 0 as a passage, i + 1 as a query with the store's instruction i; rising.
+    """
+    found = []
+    for form in np.unique(form_N).tolist():
+        texts = [store.text(i) for i in text_N[form_N == form].tolist()]
+        found.append(model.embed(texts, store.instructions[form - 1] if form else "", form > 0))
+    return np.concatenate([values for values, _ in found]), np.concatenate([cut for _, cut in found])
+
+
+def _load_cross_encoder(path: Path, option: str, sigmoid: bool, batch_size: int) -> PairModel:
     import torch
     from sentence_transformers import CrossEncoder
 
-    quiet_transformers()
+    _quiet_transformers()
     model = CrossEncoder(str(path), local_files_only=True)
     if model.num_labels != 1:
-        raise ValueError(f"--teacher {path} gives {model.num_labels} scores a pair; a teacher must give one")
+        raise ValueError(f"{option} {path} gives {model.num_labels} scores a pair; it must give one")
     activation = torch.nn.Sigmoid() if sigmoid else torch.nn.Identity()
 
     def score(queries: Sequence[str], passages: Sequence[str]) -> Scored:
         pairs = list(zip(queries, passages, strict=True))
         scores_N = model.predict(pairs, batch_size=batch_size, show_progress_bar=False, activation_fn=activation)
-        return np.asarray(scores_N, dtype=np.float32), _is_cut(model, list(queries), list(passages))
+        return np.asarray(scores_N, dtype=np.float32)[:, None], _is_cut(model, list(queries), list(passages))
 
-    return PairTeacher("cross_encoder", "sigmoid" if sigmoid else "logits", model.max_seq_length, score)
+    return PairModel("cross_encoder", "sigmoid" if sigmoid else "logits", model.max_seq_length, score)
 
 
-def _load_sentence_transformer(path: Path, batch_size: int) -> TextTeacher:
+def _load_sentence_transformer(path: Path, batch_size: int) -> TextModel:
     from sentence_transformers import SentenceTransformer
 
-    quiet_transformers()
+    _quiet_transformers()
     model = SentenceTransformer(str(path), local_files_only=True)
     prompts = {True: _prompt(model, "query"), False: _prompt(model, "document", "passage", "corpus")}
 
@@ -152,7 +180,15 @@ def _load_sentence_transformer(path: Path, batch_size: int) -> TextTeacher:
         return np.asarray(embeddings_ND, dtype=np.float32), _is_cut(model, [prompt + text for text in texts])
 
     limits = dict.fromkeys(("query", "passage"), model.max_seq_length)
-    return TextTeacher("sentence_transformer", "cosine", limits, False, embed)
+    return TextModel("sentence_transformer", "cosine", limits, False, embed)
+
+
+def _quiet_transformers() -> None:
+    """No bars and tables while weights are loaded: they would stand between the bars of mining."""
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
 
 
 def _prompt(model: Any, *names: str) -> str:
@@ -170,9 +206,11 @@ def _is_cut(model: "BaseModel", *texts: list[str]) -> np.ndarray:
     return np.array([len(one) > limit for one in ids], dtype=bool)
 
 
-def _load_embedder(path: Path) -> TextTeacher:
+def _load_embedder(path: Path) -> TextModel:
     from pipeline.inference.embedder import load_embedder
 
+    # What is cut is counted here; the embedder would say so block by block.
+    logging.getLogger("pipeline.inference").setLevel(logging.WARNING)
     embedder = load_embedder(path, show_progress=False)
 
     def embed(texts: Sequence[str], instruction: str, as_query: bool) -> Scored:
@@ -182,7 +220,7 @@ def _load_embedder(path: Path) -> TextTeacher:
         return embedder.encode_passages(texts), cut_N
 
     limits = {"query": embedder.limits.max_query_tokens, "passage": embedder.limits.max_passage_tokens}
-    return TextTeacher("embedder", "cosine", limits, True, embed)
+    return TextModel("embedder", "cosine", limits, True, embed)
 
 
 def _is_cut_here(embedder: "FewShotEmbedder", texts: Sequence[str], instruction: str, as_query: bool) -> np.ndarray:
