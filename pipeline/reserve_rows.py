@@ -96,6 +96,7 @@ def reserve_rows(args: argparse.Namespace) -> None:
     require_distinct_files(store)
     chosen = choose_sources(store, args.dataset)
     with new_folder(args.out) as folder:
+        (folder / "train").mkdir()
         keys_U = store_keys(store, bars=True)
         links = [find_links(table, keys_U) for table in store.datasets]
         reserved = {

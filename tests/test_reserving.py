@@ -278,6 +278,7 @@ def test_a_query_that_answers_another_stays_in_the_corpus(tmp_path: Path) -> Non
 
 
 def test_a_dataset_that_others_empty_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "train").mkdir()
     rows = [{"query": f"q{i}", "pos": [f"p{i}"], "neg": []} for i in range(4)]
     store = make_store({"a": ("normal", rows), "b": ("only_1neg", rows[:1])})
     keys_U = np.array([text_key(text) for text in store.texts], dtype=np.uint64)
