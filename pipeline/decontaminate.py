@@ -3,12 +3,14 @@
 Reads the token store of a recipe and writes DIR/<dataset>.jsonl without those rows, DIR/recipe.yaml, which
 preprocesses them, and DIR/decontaminate.json with all counts. A row goes if its query or a positive is one of the
 evaluation's queries (for tasks without a search: one of their texts), or if a positive stands in the evaluation's
-corpus. Texts count as the same after NFKC, case folding and collapsing of whitespace; what was rewritten is not found.
+corpus. In the symmetric types, where both sides are alike, a row goes, too, if its query stands in the corpus; in the
+others it is counted and kept. Texts count as the same after NFKC, case folding and collapsing of whitespace; what was
+rewritten is not found.
 
 A negative that stands in the corpus is counted and its row kept: all that it can teach about the test is that this
 passage does not answer a training query. Two kinds of matches can be kept, too, but are always counted:
 
-  --keep corpus   positives in the corpus: where training and test search the same passages (MS MARCO, Wikipedia), most
+  --keep corpus   texts in the corpus: where training and test search the same passages (MS MARCO, Wikipedia), most
                   training rows have one
   --keep pool     texts of train.jsonl, the labelled pool of a classification or clustering task: often the public train
                   split, on which embedders are commonly trained. Of an mteb task only the evaluation splits are read
@@ -26,7 +28,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.data.decontaminating import KINDS, Matches, contaminated, find_matches
+from pipeline.data.decontaminating import KINDS, REASONS, Matches, contaminated, contaminating, find_matches
 from pipeline.data.derived import (
     kept_rows,
     new_folder,
@@ -183,10 +185,10 @@ def dataset_lines(
     lines = [f"{table.name}: {counts['contaminated']:,} of {counts['rows']:,} rows contaminated"]
     for e in evaluations:
         numbers = []
+        reasons = contaminating(matches[e.name], e, keep)
         for reason, number in counts["sets"][e.name].items():
-            spared = (e.is_pool and "pool" in keep) or (reason == "positive in corpus" and "corpus" in keep)
             if number:
-                numbers.append(f"{reason}{', kept' if spared else ''} {number:,}")
+                numbers.append(f"{reason}{', kept' if reason in REASONS and reason not in reasons else ''} {number:,}")
         if numbers:
             lines.append(f"  {e.name}: " + "; ".join(numbers))
         for reason, texts in matches[e.name].shown.items():
