@@ -15,7 +15,10 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
+from pipeline.data.normalizing import is_among
 from pipeline.data.permutation import mix_key, permute
 from pipeline.data.store import DatasetTable
 
@@ -53,11 +56,13 @@ def find_links(table: DatasetTable, keys_U: np.ndarray) -> Links:
     query_key_N = keys_U[table.query_text_N]
     _, query_N = np.unique(query_key_N, return_inverse=True)
     row_of_pos = np.repeat(np.arange(table.num_rows), np.diff(table.pos_offsets))
-    pairs = np.empty(table.num_rows + len(row_of_pos), dtype=[("query", np.int64), ("text", np.uint64)])
-    pairs["query"] = np.concatenate([query_N, query_N[row_of_pos]])
-    pairs["text"] = np.concatenate([query_key_N, keys_U[table.pos_text]])
-    pairs = np.unique(pairs)
-    return Links(query_N, int(query_N.max()) + 1 if len(query_N) else 0, pairs["query"], pairs["text"])
+    query_K = np.concatenate([query_N, query_N[row_of_pos]])
+    text_K = np.concatenate([query_key_N, keys_U[table.pos_text]])
+    order = np.lexsort((text_K, query_K))
+    query_K, text_K = query_K[order], text_K[order]
+    first_K = np.ones(len(order), dtype=bool)
+    first_K[1:] = (query_K[1:] != query_K[:-1]) | (text_K[1:] != text_K[:-1])
+    return Links(query_N, int(query_N.max()) + 1 if len(query_N) else 0, query_K[first_K], text_K[first_K])
 
 
 def reserve_all(
@@ -157,7 +162,7 @@ def choose_queries(links: Links, free_Q: np.ndarray, wanted: int, rank_Q: np.nda
     left = wanted
     for largest in (max(1, wanted // SMALL_GROUP), wanted):
         taken = []
-        for g in by_rank[size_G[by_rank] <= largest].tolist():
+        for g in by_rank[size_G[by_rank] <= largest]:  # no list of them: there may be as many as rows
             if left == 0:
                 break
             if size_G[g] <= left:
@@ -173,23 +178,16 @@ def choose_queries(links: Links, free_Q: np.ndarray, wanted: int, rank_Q: np.nda
 
 
 def group_of(links: Links, free_Q: np.ndarray) -> np.ndarray:
-    """int64 [Q]: number of the group of each query, where only free queries link; union-find over shared texts."""
-    parent = list(range(links.num_queries))
-
-    def root(query: int) -> int:
-        while parent[query] != query:
-            parent[query] = parent[parent[query]]
-            query = parent[query]
-        return query
-
+    """int [Q]: number of the group of each query, where only free queries link over shared texts."""
     here = free_Q[links.query_K]
     query_K, text_K = links.query_K[here], links.text_K[here]
     order = np.argsort(text_K, kind="stable")
     query_K, text_K = query_K[order], text_K[order]
     same = np.flatnonzero(text_K[1:] == text_K[:-1])
-    for a, b in zip(query_K[same].tolist(), query_K[same + 1].tolist(), strict=True):
-        parent[root(a)] = root(b)
-    return np.array([root(query) for query in range(links.num_queries)], dtype=np.int64)
+    edges = (np.ones(len(same), dtype=bool), (query_K[same], query_K[same + 1]))
+    graph = coo_array(edges, shape=(links.num_queries, links.num_queries))
+    group_Q: np.ndarray = connected_components(graph, directed=False)[1]
+    return group_Q
 
 
 def count_links(links: Links, free_Q: np.ndarray) -> np.ndarray:
@@ -207,7 +205,7 @@ def linked_to(links: Links, chosen_Q: np.ndarray) -> np.ndarray:
 def queries_with(links: Links, texts: np.ndarray) -> np.ndarray:
     """bool [Q]: the query, in any of its rows, has one of these texts (sorted keys) as query or positive."""
     found_Q = np.zeros(links.num_queries, dtype=bool)
-    found_Q[links.query_K[np.isin(links.text_K, texts)]] = True
+    found_Q[links.query_K[is_among(links.text_K, texts)]] = True
     return found_Q
 
 
