@@ -32,7 +32,6 @@ from pipeline.data.decontaminating import KINDS, REASONS, Matches, contaminated,
 from pipeline.data.derived import (
     kept_rows,
     new_folder,
-    require_distinct_files,
     rows_file,
     write_recipe,
     write_rows,
@@ -102,7 +101,6 @@ def decontaminate(args: argparse.Namespace) -> None:
         raise ValueError("name at least one evaluation set with --decontaminate FOLDER or --decontaminate-mteb TASK")
     settings = load_settings(args.config, args.overrides)
     store = open_store(settings.data.store)
-    require_distinct_files(store)
     evaluations = [texts for folder in args.decontaminate for texts in folder_texts(folder)]
     evaluations += [texts for name in args.decontaminate_mteb for texts in load_mteb_texts(name)]
     names = [e.name for e in evaluations]

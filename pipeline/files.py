@@ -1,10 +1,16 @@
-"""Files that are complete or absent, and their checksums."""
+"""Files that are complete or absent, their names and their checksums."""
 
 import hashlib
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+
+def safe_name(dataset: str) -> str:
+    """A dataset's name as part of a file name."""
+    return re.sub(r"[^\w.-]", "_", dataset)
 
 
 def file_sha256(path: Path) -> str:

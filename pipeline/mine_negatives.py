@@ -16,7 +16,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline.data.derived import choose_datasets, require_distinct_files, rows_file, write_recipe
+from pipeline.data.derived import choose_datasets, rows_file, write_recipe
 from pipeline.data.store import DatasetTable, TokenStore, open_store
 from pipeline.mining.folder import locked, prepare_folder, require_own_folder
 from pipeline.mining.options import BM25, SHARD_TEXTS, MiningOptions, check_options
@@ -77,7 +77,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         require_packages(args.embedder, args.teacher)
         require_own_folder(args.out)
         store = open_store(settings.data.store)
-        require_distinct_files(store)
         tables = [store.datasets[d] for d in choose_datasets(store, args.dataset or ())]
         with locked(args.out):
             mine(args, options, settings, store, tables)

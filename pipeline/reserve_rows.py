@@ -33,7 +33,6 @@ from pipeline.data.derived import (
     choose_datasets,
     kept_rows,
     new_folder,
-    require_distinct_files,
     rows_file,
     write_recipe,
     write_rows,
@@ -94,7 +93,6 @@ def reserve_rows(args: argparse.Namespace) -> None:
             raise ValueError(f"--reserve-{name} {value} must be at least {least}")
     settings = load_settings(args.config, args.overrides)
     store = open_store(settings.data.store)
-    require_distinct_files(store)
     chosen = choose_sources(store, args.dataset)
     with new_folder(args.out) as folder:
         (folder / "train").mkdir()

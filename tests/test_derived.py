@@ -15,7 +15,6 @@ from pipeline.data.derived import (
     choose_datasets,
     kept_rows,
     new_folder,
-    require_distinct_files,
     rows_file,
     write_recipe,
     write_rows,
@@ -121,13 +120,6 @@ def test_datasets_by_name_or_entry(recipe: Path) -> None:
     assert choose_datasets(store, ["single", "many"]) == (0, 1, 2, 3)
     with pytest.raises(ValueError, match="--dataset many/d: the store .* holds many/a, many/b"):
         choose_datasets(store, ["many/d"])
-
-
-def test_two_datasets_never_share_a_file() -> None:
-    rows = [{"query": "q", "pos": ["p"], "neg": []}]
-    require_distinct_files(make_store({"a/b": ("normal", rows), "a-b": ("normal", rows)}))
-    with pytest.raises(ValueError, match="datasets a/b, a_b would be written to one file"):
-        require_distinct_files(make_store({"a/b": ("normal", rows), "c": ("normal", rows), "a_b": ("normal", rows)}))
 
 
 def test_two_runs_with_one_folder_never_mix(tmp_path: Path) -> None:

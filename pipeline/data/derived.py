@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -15,26 +14,13 @@ import numpy as np
 
 from pipeline.data.raw_rows import raw_row
 from pipeline.data.store import DatasetTable, TokenStore
-from pipeline.files import sync, write_atomic, write_text
+from pipeline.files import safe_name, sync, write_atomic, write_text
 from pipeline.settings import HUB_PREFIX, DatasetSettings, Settings, dump_settings
-
-
-def safe_name(dataset: str) -> str:
-    """A dataset's name as part of a file name."""
-    return re.sub(r"[^\w.-]", "_", dataset)
 
 
 def rows_file(dataset: str) -> str:
     """File name of a dataset's rows."""
     return safe_name(dataset) + ".jsonl"
-
-
-def require_distinct_files(store: TokenStore) -> None:
-    """ValueError if two datasets would be written to one file."""
-    names = [table.name for table in store.datasets]
-    files = [rows_file(name) for name in names]
-    if clash := [name for name, file in zip(names, files, strict=True) if files.count(file) > 1]:
-        raise ValueError(f"datasets {', '.join(clash)} would be written to one file; rename one in the recipe")
 
 
 def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> int:

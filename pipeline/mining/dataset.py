@@ -10,11 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.data.derived import safe_name
 from pipeline.data.raw_rows import raw_row
 from pipeline.data.store import DatasetTable, TokenStore
 from pipeline.datatypes import RULES
-from pipeline.files import write_atomic, write_text
+from pipeline.files import safe_name, write_atomic, write_text
 from pipeline.mining.blocks import Index, MinedBlock, MiningInput, Teacher, load_block, mine_block, save_block
 from pipeline.mining.corpus import Queries, corpus_texts, distinct_queries, find_copies, relate
 from pipeline.mining.embedding import Embeddings, TextEncoder, embed
