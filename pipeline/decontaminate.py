@@ -107,7 +107,8 @@ def decontaminate(args: argparse.Namespace) -> None:
     if repeated := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"two evaluation sets are named {', '.join(repeated)}; rename a folder or leave one out")
     for e in evaluations:
-        print(f"{e.name}: {len(e.queries):,} distinct queries, {len(e.corpus):,} distinct passages", flush=True)
+        empty = f"; {e.without_text:,} lines hold no text" if e.without_text else ""
+        print(f"{e.name}: {len(e.queries):,} distinct queries, {len(e.corpus):,} distinct passages{empty}", flush=True)
     keys_U = store_keys(store, bars=True)
     matches = [{e.name: find_matches(table, keys_U, e) for e in evaluations} for table in store.datasets]
     found = [{e.name: contaminated(by_set[e.name], e, args.keep) for e in evaluations} for by_set in matches]
@@ -125,8 +126,12 @@ def decontaminate(args: argparse.Namespace) -> None:
         for i, table in enumerate(store.datasets):
             marked = marked_rows(store, table, matches[i], found[i])
             write_rows(folder / rows_file(table.name), marked if args.mark else kept_rows(store, table, ~bad[i]))
-        options = {"mark": args.mark, "keep": args.keep}
-        write_text(folder / "decontaminate.json", json.dumps(options | {"datasets": report}, indent=1) + "\n")
+        read = {
+            e.name: {"queries": len(e.queries), "passages": len(e.corpus), "lines without text": e.without_text}
+            for e in evaluations
+        }
+        whole = {"mark": args.mark, "keep": args.keep, "evaluations": read, "datasets": report}
+        write_text(folder / "decontaminate.json", json.dumps(whole, indent=1) + "\n")
         written = {table.name: rows_file(table.name) for table in store.datasets}
         write_recipe(settings, store, folder / "recipe.yaml", args.out, written)
     num_rows, num_bad = (sum(d[key] for d in report.values()) for key in ("rows", "contaminated"))

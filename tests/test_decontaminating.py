@@ -82,6 +82,8 @@ def test_a_pool_is_a_set_of_its_own(tmp_path: Path) -> None:
         ("task.json", "{}", "is not an evaluation folder: it holds none of queries.jsonl"),
         ("test.jsonl", "{", "test.jsonl:1 is not a line of JSON"),
         ("test.jsonl", "[]", "test.jsonl:1 must be a JSON object, got list"),
+        ("test.jsonl", "[" * 100_000, "test.jsonl:1 is not a line of JSON: maximum recursion"),
+        ("queries.jsonl", '{"text": " "}', "queries.jsonl:1 holds no text in text: "),
         ("test.jsonl", '{"label": "x"}', "test.jsonl:1 holds no text in query, text"),
     ],
 )
@@ -92,6 +94,30 @@ def test_folders_that_cannot_be_read(file: str | None, line: str, message: str, 
     with pytest.raises(ValueError, match="e") as caught:
         folder_texts(tmp_path / "e")
     assert message in str(caught.value)
+
+
+def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path: Path) -> None:
+    (tmp_path / "e").mkdir()
+    (tmp_path / "e/queries.jsonl").write_bytes(b'\xef\xbb\xbf{"_id": "1", "text": "A"}\n\n{"_id": "2", "text": "B"}')
+    (found,) = folder_texts(tmp_path / "e")
+    assert found.queries.tolist() == keys("a", "b")
+
+
+def test_passages_without_text_are_counted(tmp_path: Path) -> None:
+    from datasets import Dataset
+
+    passages = [{"_id": "1", "contents": "A"}, {"_id": "2", "text": " "}, {"_id": "3", "text": "B"}]
+    passages += [{"_id": "4", "title": "C", "text": None}, {"_id": "5", "text": 5}]
+    write_lines(tmp_path / "e/corpus.jsonl", passages)
+    (found,) = folder_texts(tmp_path / "e")
+    assert (found.corpus.tolist(), found.without_text) == (keys("b", "c"), 4)
+    write_lines(tmp_path / "all/corpus.jsonl", passages[:1])
+    (found,) = folder_texts(tmp_path / "all")
+    assert (found.corpus.tolist(), found.without_text) == ([], 1), "a folder of another form is not passed over"
+    split = {"queries": [{"id": "1", "text": "A"}, {"id": "2", "text": None}], "corpus": passages}
+    assert mteb_texts(stub_task({"test": split})).without_text == 5
+    rows = [{"query": "A", "positive": ["B"]}, {"query": None, "positive": []}, {"query": "", "positive": ["C"]}]
+    assert mteb_texts(stub_task({"test": Dataset.from_list(rows)})).without_text == 1
 
 
 def stub_task(dataset: Any, **attributes: Any) -> SimpleNamespace:
@@ -367,14 +393,18 @@ def test_queries_in_the_corpus_are_counted_or_dropped(
 ) -> None:
     """A passage of the evaluation that is the query of a symmetric row and of one that is not."""
     texts = {name: lines_of(recipe.parent / f"raw/{name}.jsonl")[2]["query"] for name in ("similarity", "retrieval")}
-    write_lines(tmp_path / "e/corpus.jsonl", [{"_id": name, "text": text} for name, text in texts.items()])
+    passages = [*({"_id": name, "text": text} for name, text in texts.items()), {"_id": "x", "body": "x"}]
+    write_lines(tmp_path / "e/corpus.jsonl", passages)
     arguments = ["--config", str(recipe), "--out", str(tmp_path / "out"), "--decontaminate", str(tmp_path / "e")]
     assert main(arguments) == 0
-    report = json.loads((tmp_path / "out/decontaminate.json").read_text())["datasets"]
+    found = json.loads((tmp_path / "out/decontaminate.json").read_text())
+    assert found["evaluations"] == {"e": {"queries": 0, "passages": 2, "lines without text": 1}}
+    report = found["datasets"]
     for name, text in texts.items():
         rows = [row["query"].strip() for row in lines_of(recipe.parent / f"raw/{name}.jsonl")]
         assert report[name]["sets"]["e"]["query in corpus"] == rows.count(text.strip()) >= 1
         left = [row["query"] for row in lines_of(tmp_path / f"out/{name}.jsonl")]
         assert (text.strip() in left) == (name == "retrieval")
     printed = capsys.readouterr().out
+    assert "e: 0 distinct queries, 2 distinct passages; 1 lines hold no text" in printed
     assert "query in corpus, kept 1" in printed and "query in corpus 1" in printed
