@@ -311,12 +311,15 @@ def test_beir_split_that_is_not_there(beir: Path, settings_of: Callable[..., Set
         (b"query-id\tcorpus-id\tscore\nq0\td0\t\xc2\xb2\n", 2),
         (b"query-id\tcorpus-id\tscore\nq0\td0\t--1\n", 2),
         (b"query-id\tcorpus-id\tscore\nq0\td0\t0.5\n", 2),
+        (b"query-id\tcorpus-id\tscore\nq\xff\td0\t1\n", 2),
         (b"query-id\tcorpus-id\tscore\nquery-id\tcorpus-id\tscore\n", 2),
     ],
 )
 def test_grades_that_are_no_whole_numbers(judgements: bytes, line: int, tmp_path: Path) -> None:
     (tmp_path / "train.tsv").write_bytes(judgements)
-    with pytest.raises(ValueError, match=rf"train.tsv:{line} must be `query-id<TAB>corpus-id<TAB>whole number`, got "):
+    with pytest.raises(
+        ValueError, match=rf"train.tsv:{line} must be `query-id<TAB>corpus-id<TAB>whole number` in UTF-8, got "
+    ):
         read_grades(tmp_path / "train.tsv")
 
 

@@ -7,15 +7,15 @@ qrels/<split>.tsv   query-id, corpus-id, grade under a header line
 
 import json
 import logging
-import re
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Container, Iterator
 from pathlib import Path
 from typing import Any
+
+from pipeline.files import read_judgements
 
 log = logging.getLogger(__name__)
 
 CORPUS, QUERIES = "corpus.jsonl", "queries.jsonl"
-_GRADE = re.compile(r"-?[0-9]+")
 FAULT = "fault"  # key of a row that cannot be made, with the reason
 
 
@@ -61,26 +61,9 @@ def beir_rows(qrels: Path, corpus: Path, queries: Path) -> Iterator[dict[str, An
 def read_grades(qrels: Path) -> dict[str, dict[str, int]]:
     """Query id -> corpus id -> grade. Of a pair judged twice the last grade counts, as in evaluation."""
     grades: dict[str, dict[str, int]] = {}
-    with qrels.open("rb") as file:
-        for number, raw in enumerate(file, 1):
-            cells = raw.decode("utf-8", errors="replace").removeprefix("\ufeff").strip("\r\n").split("\t")
-            if not raw.strip() or (number == 1 and is_header(cells)):
-                continue
-            if len(cells) != 3 or not _GRADE.fullmatch(cells[2].strip()):
-                raise ValueError(
-                    f"{qrels}:{number} must be `query-id<TAB>corpus-id<TAB>whole number`, got {cells!r:.80}"
-                )
-            grades.setdefault(cells[0].strip(), {})[cells[1].strip()] = int(cells[2])
+    for _, query, passage, grade in read_judgements(qrels):
+        grades.setdefault(query, {})[passage] = grade
     return grades
-
-
-def is_header(cells: Sequence[str]) -> bool:
-    """Whether the first line of judgements names its columns: its last cell is no number, not even a wrong one."""
-    try:
-        float(cells[-1])
-    except ValueError:
-        return not cells[-1].strip().isnumeric()
-    return False
 
 
 def read_texts(path: Path, wanted: Container[str], with_title: bool) -> dict[str, str]:

@@ -67,8 +67,8 @@ def _batches(stream: Any, where: str) -> Iterator[Any]:
         except _faults() as error:
             reason = str(error) or type(error).__name__
             raise ValueError(
-                f"{where}: reading stopped behind row {num_rows:,}: {reason}; run the command again, or leave streaming "
-                "out to fetch all of it first"
+                f"{where}: reading stopped behind row {num_rows:,}: {reason}; run the command again, or leave "
+                "streaming out to fetch all of it first"
             ) from error
         if table is None:
             return

@@ -12,7 +12,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.files import read_json_lines
+from pipeline.files import read_json_lines, read_judgements
 
 QRELS = "qrels/test.tsv"
 METRIC = r"(ndcg|map|mrr|recall|precision|hit_rate)_at_\d+"  # as mteb names them
@@ -103,21 +103,11 @@ def _read_texts(path: Path, may_be_empty: bool) -> list[tuple[str, str, str]]:
 def _read_qrels(path: Path, queries: dict[str, str], corpus: dict[str, str]) -> dict[str, dict[str, int]]:
     """Query id -> corpus id -> grade, for queries with at least one grade above 0."""
     grades: dict[str, dict[str, int]] = {}
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8: {error}") from error
-    for number, line in enumerate(text.splitlines(), start=1):
-        cells = line.split("\t")
-        if not line.strip() or (number == 1 and not cells[-1].strip().lstrip("-").isdigit()):
-            continue
-        if len(cells) != 3 or not cells[2].strip().lstrip("-").isdigit():
-            raise ValueError(f"{path}:{number} must be `query-id<TAB>corpus-id<TAB>whole number`, got {line[:80]!r}")
-        query, passage = cells[0].strip(), cells[1].strip()
+    for place, query, passage, grade in read_judgements(path):
         for identity, known, file in ((query, queries, "queries.jsonl"), (passage, corpus, "corpus.jsonl")):
             if identity not in known:
-                raise ValueError(f"{path}:{number} names {identity!r}, which {file} does not hold")
-        grades.setdefault(query, {})[passage] = int(cells[2])
+                raise ValueError(f"{place} names {identity!r}, which {file} does not hold")
+        grades.setdefault(query, {})[passage] = grade
     return {query: row for query, row in grades.items() if max(row.values()) > 0}
 
 
