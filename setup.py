@@ -34,6 +34,7 @@ setup(
         "mpi4py>=4",  # for preprocessing over several nodes; installing it needs no MPI
         "tokenizers>=0.22",
         "numpy>=2",
+        "scipy>=1.13",  # connected groups of rows
         "pyarrow>=20",
         "pyyaml>=6",
         "tqdm>=4.66",

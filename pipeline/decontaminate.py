@@ -3,12 +3,14 @@
 Reads the token store of a recipe and writes DIR/<dataset>.jsonl without those rows, DIR/recipe.yaml, which
 preprocesses them, and DIR/decontaminate.json with all counts. A row goes if its query or a positive is one of the
 evaluation's queries (for tasks without a search: one of their texts), or if a positive stands in the evaluation's
-corpus. Texts count as the same after NFKC, case folding and collapsing of whitespace; what was rewritten is not found.
+corpus. In the symmetric types, where both sides are alike, a row goes, too, if its query stands in the corpus; in the
+others it is counted and kept. Texts count as the same after NFKC, case folding and collapsing of whitespace; what was
+rewritten is not found.
 
 A negative that stands in the corpus is counted and its row kept: all that it can teach about the test is that this
 passage does not answer a training query. Two kinds of matches can be kept, too, but are always counted:
 
-  --keep corpus   positives in the corpus: where training and test search the same passages (MS MARCO, Wikipedia), most
+  --keep corpus   texts in the corpus: where training and test search the same passages (MS MARCO, Wikipedia), most
                   training rows have one
   --keep pool     texts of train.jsonl, the labelled pool of a classification or clustering task: often the public train
                   split, on which embedders are commonly trained. Of an mteb task only the evaluation splits are read
@@ -26,11 +28,10 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.data.decontaminating import KINDS, Matches, contaminated, find_matches
+from pipeline.data.decontaminating import KINDS, REASONS, Matches, contaminated, contaminating, find_matches
 from pipeline.data.derived import (
     kept_rows,
     new_folder,
-    require_distinct_files,
     rows_file,
     write_recipe,
     write_rows,
@@ -100,14 +101,14 @@ def decontaminate(args: argparse.Namespace) -> None:
         raise ValueError("name at least one evaluation set with --decontaminate FOLDER or --decontaminate-mteb TASK")
     settings = load_settings(args.config, args.overrides)
     store = open_store(settings.data.store)
-    require_distinct_files(store)
     evaluations = [texts for folder in args.decontaminate for texts in folder_texts(folder)]
     evaluations += [texts for name in args.decontaminate_mteb for texts in load_mteb_texts(name)]
     names = [e.name for e in evaluations]
     if repeated := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"two evaluation sets are named {', '.join(repeated)}; rename a folder or leave one out")
     for e in evaluations:
-        print(f"{e.name}: {len(e.queries):,} distinct queries, {len(e.corpus):,} distinct passages", flush=True)
+        empty = f"; {e.without_text:,} lines hold no text" if e.without_text else ""
+        print(f"{e.name}: {len(e.queries):,} distinct queries, {len(e.corpus):,} distinct passages{empty}", flush=True)
     keys_U = store_keys(store, bars=True)
     matches = [{e.name: find_matches(table, keys_U, e) for e in evaluations} for table in store.datasets]
     found = [{e.name: contaminated(by_set[e.name], e, args.keep) for e in evaluations} for by_set in matches]
@@ -125,8 +126,12 @@ def decontaminate(args: argparse.Namespace) -> None:
         for i, table in enumerate(store.datasets):
             marked = marked_rows(store, table, matches[i], found[i])
             write_rows(folder / rows_file(table.name), marked if args.mark else kept_rows(store, table, ~bad[i]))
-        options = {"mark": args.mark, "keep": args.keep}
-        write_text(folder / "decontaminate.json", json.dumps(options | {"datasets": report}, indent=1) + "\n")
+        read = {
+            e.name: {"queries": len(e.queries), "passages": len(e.corpus), "lines without text": e.without_text}
+            for e in evaluations
+        }
+        whole = {"mark": args.mark, "keep": args.keep, "evaluations": read, "datasets": report}
+        write_text(folder / "decontaminate.json", json.dumps(whole, indent=1) + "\n")
         written = {table.name: rows_file(table.name) for table in store.datasets}
         write_recipe(settings, store, folder / "recipe.yaml", args.out, written)
     num_rows, num_bad = (sum(d[key] for d in report.values()) for key in ("rows", "contaminated"))
@@ -183,10 +188,10 @@ def dataset_lines(
     lines = [f"{table.name}: {counts['contaminated']:,} of {counts['rows']:,} rows contaminated"]
     for e in evaluations:
         numbers = []
+        reasons = contaminating(matches[e.name], e, keep)
         for reason, number in counts["sets"][e.name].items():
-            spared = (e.is_pool and "pool" in keep) or (reason == "positive in corpus" and "corpus" in keep)
             if number:
-                numbers.append(f"{reason}{', kept' if spared else ''} {number:,}")
+                numbers.append(f"{reason}{', kept' if reason in REASONS and reason not in reasons else ''} {number:,}")
         if numbers:
             lines.append(f"  {e.name}: " + "; ".join(numbers))
         for reason, texts in matches[e.name].shown.items():

@@ -1,13 +1,20 @@
-"""Files that are complete or absent, their checksums, and locks."""
+"""Files: complete or absent, their names, checksums, locks, lines of JSON and of judgements."""
 
 import fcntl
 import hashlib
+import json
 import os
+import re
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+
+def safe_name(dataset: str) -> str:
+    """A dataset's name as part of a file name."""
+    return re.sub(r"[^\w.-]", "_", dataset)
 
 
 def file_sha256(path: Path) -> str:
@@ -62,3 +69,50 @@ def locked(path: Path, message: str) -> Iterator[None]:
                 "mounted with -o flock); use a folder on another one"
             ) from error
         yield
+
+
+def read_json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(`file:line`, object) of every line of a UTF-8 file that is not blank; a byte order mark is passed over.
+
+    Raises:
+        ValueError: a line is not a JSON object; names file and line.
+    """
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line.decode("utf-8-sig"))
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"{path}:{number} is not a line of JSON: {error}") from error
+            if not isinstance(row, dict):
+                raise ValueError(f"{path}:{number} must be a JSON object, got {type(row).__name__}")
+            yield f"{path}:{number}", row
+
+
+def read_judgements(path: Path) -> Iterator[tuple[str, str, str, int]]:
+    """(`file:line`, query id, corpus id, grade) of every line of BEIR's qrels, with or without a header line.
+
+    Raises:
+        ValueError: a line is no judgement; names file and line.
+    """
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            cells = [cell.strip() for cell in line.decode("utf-8-sig", errors="replace").split("\t")]
+            if not line.strip() or (number == 1 and not _is_numeric(cells[-1])):
+                continue
+            # A grade in digits of another script, or with a point, is not what evaluation tools read.
+            if len(cells) != 3 or not re.fullmatch("-?[0-9]+", cells[2]) or "\ufffd" in cells[0] + cells[1]:
+                raise ValueError(
+                    f"{path}:{number} must be `query-id<TAB>corpus-id<TAB>whole number` in UTF-8, got {cells!r:.80}"
+                )
+            yield f"{path}:{number}", cells[0], cells[1], int(cells[2])
+
+
+def _is_numeric(text: str) -> bool:
+    """Whether a cell is meant as a number, be it one that is no grade: then its line is no header."""
+    try:
+        float(text)
+    except ValueError:
+        return text.isnumeric()
+    return True

@@ -18,7 +18,7 @@ from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 
-from pipeline.data.derived import choose_datasets, require_distinct_files, rows_file, write_recipe
+from pipeline.data.derived import choose_datasets, rows_file, write_recipe
 from pipeline.data.store import MANIFEST, DatasetTable, TokenStore, open_store
 from pipeline.files import file_sha256
 from pipeline.mining.folder import Record, own_folder, prepare_folder
@@ -79,7 +79,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         settings = load_settings(args.config, args.overrides)
         require_search(args.embedder)
         store = open_store(settings.data.store)
-        require_distinct_files(store)
         tables = [store.datasets[d] for d in choose_datasets(store, args.dataset or ())]
         with own_folder(args.out):
             mine(args, options, settings, store, tables)

@@ -9,13 +9,14 @@ Reads the token store of a recipe and writes
   DIR/reserve.json            counts and seed
 
 No query or positive of a reserved row is query or positive of a training row, in any dataset, nor of a row reserved for
-the other purpose. Texts count as the same after NFKC, case folding and collapsing of whitespace. Rows linked by such
-texts are reserved together where they fit, rows with few links first, so that little is lost; what cannot stay in
-training and is not reserved is dropped and counted.
+the other purpose or from another dataset: datasets take turns in the order of the store. Texts count as the same after
+NFKC, case folding and collapsing of whitespace. Rows linked by such texts are reserved together where they fit, rows
+with few links first, so that little is lost; what cannot stay in training and is not reserved is dropped and counted.
+It is an error if less than half of the rows of any dataset would be left for training.
 Negatives take no part in this: a reserved positive may stay the negative of a training row.
 
-Dev queries are retrieval queries, so only datasets of type normal and only_1neg give any; all rows of the other types
-stay in training.
+Dev queries are retrieval queries, so only datasets of type normal and only_1neg give any; rows of the other types are
+never reserved.
 """
 
 import argparse
@@ -32,15 +33,14 @@ from pipeline.data.derived import (
     choose_datasets,
     kept_rows,
     new_folder,
-    require_distinct_files,
     rows_file,
     write_recipe,
     write_rows,
 )
 from pipeline.data.eval_folder import write_eval_folder
 from pipeline.data.normalizing import store_keys
-from pipeline.data.reserving import Links, Reserved, find_links, reserve, rows_with, texts_of
-from pipeline.data.store import TokenStore, open_store
+from pipeline.data.reserving import Reserved, find_links, reserve_all
+from pipeline.data.store import DatasetTable, TokenStore, open_store
 from pipeline.data.summary import align
 from pipeline.datatypes import RULES
 from pipeline.files import write_text
@@ -93,17 +93,16 @@ def reserve_rows(args: argparse.Namespace) -> None:
             raise ValueError(f"--reserve-{name} {value} must be at least {least}")
     settings = load_settings(args.config, args.overrides)
     store = open_store(settings.data.store)
-    require_distinct_files(store)
     chosen = choose_sources(store, args.dataset)
     with new_folder(args.out) as folder:
+        (folder / "train").mkdir()
         keys_U = store_keys(store, bars=True)
         links = [find_links(table, keys_U) for table in store.datasets]
-        reserved = {
-            i: reserve(store.datasets[i].name, links[i], args.reserve_dev, args.reserve_examples, args.seed)
-            for i in chosen
-        }
+        names = [table.name for table in store.datasets]
+        reserved = reserve_all(names, links, chosen, args.reserve_dev, args.reserve_examples, args.seed)
         counts = {
-            table.name: write_split(folder, store, i, keys_U, links, reserved) for i, table in enumerate(store.datasets)
+            table.name: write_split(folder, store, table, keys_U, found)
+            for table, found in zip(store.datasets, reserved, strict=True)
         }
         asked = {"reserve_dev": args.reserve_dev, "reserve_examples": args.reserve_examples, "seed": args.seed}
         write_text(folder / "reserve.json", json.dumps(asked | {"datasets": counts}, indent=1) + "\n")
@@ -114,37 +113,20 @@ def reserve_rows(args: argparse.Namespace) -> None:
 
 
 def write_split(
-    folder: Path,
-    store: TokenStore,
-    dataset: int,
-    keys_U: np.ndarray,
-    links: Sequence[Links],
-    reserved: Mapping[int, Reserved],
+    folder: Path, store: TokenStore, table: DatasetTable, keys_U: np.ndarray, found: Reserved
 ) -> dict[str, Any]:
     """Write a dataset's training rows and, where rows of it are reserved, its evaluation folder; returns the counts."""
-    table, own = store.datasets[dataset], reserved.get(dataset)
-    nothing_N = np.zeros(table.num_rows, dtype=bool)
-    dev_N, example_N, dropped_N = (own.dev_N, own.example_N, own.dropped_N) if own else (nothing_N,) * 3
-    others = [texts_of(links[j], r.dev_N | r.example_N) for j, r in reserved.items() if j != dataset]
-    shares_N = rows_with(links[dataset], np.concatenate(others)) if others else nothing_N
-    free_N = ~(dev_N | example_N | dropped_N)
-    rows = kept_rows(store, table, free_N & ~shares_N)
     counts: dict[str, Any] = {
         "rows": table.num_rows,
-        "train": write_rows(folder / "train" / rows_file(table.name), rows),
-        "dev_rows": int(dev_N.sum()),
-        "example_rows": int(example_N.sum()),
-        "dropped": int(dropped_N.sum()),
-        "dropped_for_others": int((free_N & shares_N).sum()),
+        "train": write_rows(folder / "train" / rows_file(table.name), kept_rows(store, table, found.train_N)),
+        "dev_rows": int(found.dev_N.sum()),
+        "example_rows": int(found.example_N.sum()),
+        "dropped": int(found.dropped_N.sum()),
+        "dropped_for_others": int(found.dropped_for_others_N.sum()),
     }
-    if not counts["train"]:
-        raise ValueError(
-            f"dataset {table.name!r}: none of its {table.num_rows:,} rows would be left for training: all share "
-            "a query or positive with reserved rows; ask for fewer, or take it out of the recipe"
-        )
-    if own:
+    if found.dev_N.any():
         task = folder / "eval" / rows_file(table.name).removesuffix(".jsonl")
-        counts["eval"] = asdict(write_eval_folder(task, store, table, keys_U, dev_N, example_N))
+        counts["eval"] = asdict(write_eval_folder(task, store, table, keys_U, found.dev_N, found.example_N))
     return counts
 
 

@@ -26,17 +26,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.data.derived import (
-    choose_datasets,
-    require_distinct_files,
-    rows_file,
-    safe_name,
-    write_recipe,
-    write_rows,
-)
+from pipeline.data.derived import choose_datasets, rows_file, write_recipe, write_rows
 from pipeline.data.store import MANIFEST, TokenStore, open_store
 from pipeline.data.summary import align
-from pipeline.files import file_sha256, write_text
+from pipeline.files import file_sha256, safe_name, write_text
 from pipeline.mining.block_store import BLOCK_ITEMS
 from pipeline.mining.folder import Record, own_folder, prepare_folder, read_record
 from pipeline.mining.models import Kind, PairModel, TextModel, find_kind, load_model, model_record
@@ -90,7 +83,6 @@ def score_rows(args: argparse.Namespace, block_items: int = BLOCK_ITEMS) -> None
     """Score the chosen datasets one after the other; what is finished in --out is kept."""
     settings = load_settings(args.config, args.overrides)
     store = open_store(settings.data.store)
-    require_distinct_files(store)
     chosen = choose_datasets(store, args.dataset)
     kind = find_kind(args.teacher, "--teacher")
     check_options(args, kind)

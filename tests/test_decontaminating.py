@@ -12,10 +12,12 @@ import pytest
 from fake_store import make_store
 from samples import write_recipe
 
+from pipeline.data import normalizing
 from pipeline.data.decontaminating import contaminated, find_matches
 from pipeline.data.eval_texts import EvaluationTexts, folder_texts, mteb_texts
-from pipeline.data.normalizing import normalize_text, text_key
+from pipeline.data.normalizing import is_among, normalize_text, text_key
 from pipeline.data.store import open_store
+from pipeline.datatypes import RULES
 from pipeline.decontaminate import load_mteb_texts, main
 from pipeline.preprocess import main as preprocess
 from pipeline.settings import load_settings
@@ -80,6 +82,8 @@ def test_a_pool_is_a_set_of_its_own(tmp_path: Path) -> None:
         ("task.json", "{}", "is not an evaluation folder: it holds none of queries.jsonl"),
         ("test.jsonl", "{", "test.jsonl:1 is not a line of JSON"),
         ("test.jsonl", "[]", "test.jsonl:1 must be a JSON object, got list"),
+        ("test.jsonl", "[" * 100_000, "test.jsonl:1 is not a line of JSON: maximum recursion"),
+        ("queries.jsonl", '{"text": " "}', "queries.jsonl:1 holds no text in text: "),
         ("test.jsonl", '{"label": "x"}', "test.jsonl:1 holds no text in query, text"),
     ],
 )
@@ -90,6 +94,30 @@ def test_folders_that_cannot_be_read(file: str | None, line: str, message: str, 
     with pytest.raises(ValueError, match="e") as caught:
         folder_texts(tmp_path / "e")
     assert message in str(caught.value)
+
+
+def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path: Path) -> None:
+    (tmp_path / "e").mkdir()
+    (tmp_path / "e/queries.jsonl").write_bytes(b'\xef\xbb\xbf{"_id": "1", "text": "A"}\n\n{"_id": "2", "text": "B"}')
+    (found,) = folder_texts(tmp_path / "e")
+    assert found.queries.tolist() == keys("a", "b")
+
+
+def test_passages_without_text_are_counted(tmp_path: Path) -> None:
+    from datasets import Dataset
+
+    passages = [{"_id": "1", "contents": "A"}, {"_id": "2", "text": " "}, {"_id": "3", "text": "B"}]
+    passages += [{"_id": "4", "title": "C", "text": None}, {"_id": "5", "text": 5}]
+    write_lines(tmp_path / "e/corpus.jsonl", passages)
+    (found,) = folder_texts(tmp_path / "e")
+    assert (found.corpus.tolist(), found.without_text) == (keys("b", "c"), 4)
+    write_lines(tmp_path / "all/corpus.jsonl", passages[:1])
+    (found,) = folder_texts(tmp_path / "all")
+    assert (found.corpus.tolist(), found.without_text) == ([], 1), "a folder of another form is not passed over"
+    split = {"queries": [{"id": "1", "text": "A"}, {"id": "2", "text": None}], "corpus": passages}
+    assert mteb_texts(stub_task({"test": split})).without_text == 5
+    rows = [{"query": "A", "positive": ["B"]}, {"query": None, "positive": []}, {"query": "", "positive": ["C"]}]
+    assert mteb_texts(stub_task({"test": Dataset.from_list(rows)})).without_text == 1
 
 
 def stub_task(dataset: Any, **attributes: Any) -> SimpleNamespace:
@@ -177,31 +205,59 @@ def test_real_mteb_tasks_name_their_columns(monkeypatch: pytest.MonkeyPatch) -> 
 # What matches.
 
 
-def test_matches_against_all_pairs() -> None:
-    rows = [
-        {"query": "Clean", "pos": ["p"], "neg": ["A passage"]},
-        {"query": "EVAL  query", "pos": ["p"], "neg": ["n", "a passage"]},
-        {"query": "x", "pos": ["p", "eval query"], "neg": []},
-        {"query": "y", "pos": ["a passage"], "neg": ["n"]},
-        {"query": "a passage", "pos": ["q"], "neg": ["eval query"]},
-    ]
-    store = make_store({"d": ("normal", rows)})
+def test_keys_among_others() -> None:
+    rng = np.random.default_rng(0)
+    for num_keys, num_others in ((0, 5), (5, 0), (300, 40), (7, 1)):
+        own, others = (rng.integers(0, 60, size, dtype=np.uint64) for size in (num_keys, num_others))
+        own[:2] = others[:1] = 2**64 - 1
+        assert is_among(own, np.unique(others)).tolist() == [key in set(others.tolist()) for key in own.tolist()]
+
+
+ROWS = [
+    {"query": "Clean", "pos": ["p"], "neg": ["A passage"]},
+    {"query": "EVAL  query", "pos": ["p"], "neg": ["n", "a passage"]},
+    {"query": "x", "pos": ["p", "eval query"], "neg": []},
+    {"query": "y", "pos": ["a passage"], "neg": ["n"]},
+    {"query": "a passage", "pos": ["q"], "neg": ["eval query"]},
+]
+
+
+@pytest.mark.parametrize("task_type", RULES)
+def test_matches_against_all_pairs(task_type: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(normalizing, "_BLOCK", 2)
+    store = make_store({"d": (task_type, ROWS)})
     keys_U = np.array([text_key(text) for text in store.texts], np.uint64)
     queries, corpus = ["eval query", "other"], ["A Passage", "b"]
     wanted = evaluation("e", queries, corpus)
     found = find_matches(store.datasets[0], keys_U, wanted)
-    for n, row in enumerate(rows):
+    for n, row in enumerate(ROWS):
         assert found.query_N[n] == (normalize_text(row["query"]) in map(normalize_text, queries))
+        assert found.query_in_corpus_N[n] == (normalize_text(row["query"]) in map(normalize_text, corpus))
         positives = set(map(normalize_text, row["pos"]))
         assert found.positive_N[n] == bool(positives & set(map(normalize_text, queries)))
-        assert found.corpus_N[n] == bool(positives & set(map(normalize_text, corpus)))
+        assert found.positive_in_corpus_N[n] == bool(positives & set(map(normalize_text, corpus)))
     assert found.negatives_in_corpus == 2
-    for keep, kept in (([], [0, 4]), (["pool"], [0, 4]), (["corpus"], [0, 3, 4]), (["corpus", "pool"], [0, 3, 4])):
-        assert np.flatnonzero(~contaminated(found, wanted, keep)).tolist() == kept
+    # Row 4: its query is a passage of the evaluation, which tells something only where both sides are alike.
+    dropped = [1, 2, 3, 4] if task_type.startswith("symmetric") else [1, 2, 3]
+    for keep, gone in (([], dropped), (["pool"], dropped), (["corpus"], [1, 2]), (["corpus", "pool"], [1, 2])):
+        assert np.flatnonzero(contaminated(found, wanted, keep)).tolist() == gone
     pool = dataclasses.replace(wanted, is_pool=True)
-    assert contaminated(found, pool, []).sum() == 3 and contaminated(found, pool, ["pool"]).sum() == 0
+    assert contaminated(found, pool, []).sum() == len(dropped) and contaminated(found, pool, ["pool"]).sum() == 0
     shown = {reason: [store.text(i) for i in ids] for reason, ids in found.shown.items()}
-    assert shown == {"query": ["EVAL  query"], "positive": ["eval query"], "positive in corpus": ["a passage"]}
+    assert shown == {
+        "query": ["EVAL  query"],
+        "positive": ["eval query"],
+        "positive in corpus": ["a passage"],
+        "query in corpus": ["a passage"],
+    }
+
+
+def test_the_first_distinct_texts_are_shown() -> None:
+    rows = [{"query": text, "pos": ["p"], "neg": []} for text in ("d", "a", "D ", "d", "c", "b")]
+    store = make_store({"d": ("normal", rows)})
+    keys_U = np.array([text_key(text) for text in store.texts], np.uint64)
+    found = find_matches(store.datasets[0], keys_U, evaluation("e", ["a", "b", "c", "d"]))
+    assert [store.text(i) for i in found.shown["query"]] == ["d", "a", "D "]
 
 
 # The entry.
@@ -330,3 +386,25 @@ def test_user_errors(
     filled = [argument.format(twice=tmp_path / "twice") for argument in arguments]
     assert main(["--config", str(recipe), "--out", str(tmp_path / "out"), *filled]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_queries_in_the_corpus_are_counted_or_dropped(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A passage of the evaluation that is the query of a symmetric row and of one that is not."""
+    texts = {name: lines_of(recipe.parent / f"raw/{name}.jsonl")[2]["query"] for name in ("similarity", "retrieval")}
+    passages = [*({"_id": name, "text": text} for name, text in texts.items()), {"_id": "x", "body": "x"}]
+    write_lines(tmp_path / "e/corpus.jsonl", passages)
+    arguments = ["--config", str(recipe), "--out", str(tmp_path / "out"), "--decontaminate", str(tmp_path / "e")]
+    assert main(arguments) == 0
+    found = json.loads((tmp_path / "out/decontaminate.json").read_text())
+    assert found["evaluations"] == {"e": {"queries": 0, "passages": 2, "lines without text": 1}}
+    report = found["datasets"]
+    for name, text in texts.items():
+        rows = [row["query"].strip() for row in lines_of(recipe.parent / f"raw/{name}.jsonl")]
+        assert report[name]["sets"]["e"]["query in corpus"] == rows.count(text.strip()) >= 1
+        left = [row["query"] for row in lines_of(tmp_path / f"out/{name}.jsonl")]
+        assert (text.strip() in left) == (name == "retrieval")
+    printed = capsys.readouterr().out
+    assert "e: 0 distinct queries, 2 distinct passages; 1 lines hold no text" in printed
+    assert "query in corpus, kept 1" in printed and "query in corpus 1" in printed

@@ -1,6 +1,7 @@
 """What tools write from a store: rows with their neighbours' lines, recipes that preprocess to the same rows."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from samples import sample_rows, tiny_settings
 from pipeline.data.derived import (
     choose_datasets,
     kept_rows,
-    require_distinct_files,
+    new_folder,
     rows_file,
     write_recipe,
     write_rows,
@@ -52,6 +53,7 @@ def recipe(smollm2_tokenizer_dir: str, tmp_path_factory: pytest.TempPathFactory)
             {"question": row["query"], "answer": row["pos"][0], "wrong": row["neg"]} for row in sample_rows("snli", 6)
         ],
     }
+    (folder / "raw/many").mkdir(parents=True)
     for name, rows in files.items():
         write_rows(folder / "raw" / f"{name}.jsonl", rows)
     tree = tiny_settings(folder, smollm2_tokenizer_dir)
@@ -70,6 +72,7 @@ def derive(recipe: Path, out: Path, names: list[str]) -> tuple[tuple[str, ...], 
     """Write these datasets unchanged, as a tool would; returns what the recipe lacks, and the recipe."""
     settings = load_settings(recipe)
     store = open_store(settings.data.store)
+    out.mkdir(exist_ok=True)
     for table in store.datasets:
         if table.name in names:
             write_rows(out / rows_file(table.name), kept_rows(store, table, np.ones(table.num_rows, bool)))
@@ -119,8 +122,30 @@ def test_datasets_by_name_or_entry(recipe: Path) -> None:
         choose_datasets(store, ["many/d"])
 
 
-def test_two_datasets_never_share_a_file() -> None:
-    rows = [{"query": "q", "pos": ["p"], "neg": []}]
-    require_distinct_files(make_store({"a/b": ("normal", rows), "a-b": ("normal", rows)}))
-    with pytest.raises(ValueError, match="datasets a/b, a_b would be written to one file"):
-        require_distinct_files(make_store({"a/b": ("normal", rows), "c": ("normal", rows), "a_b": ("normal", rows)}))
+def test_two_runs_with_one_folder_never_mix(tmp_path: Path) -> None:
+    path = tmp_path / "deep/out"
+    with pytest.raises(ValueError, match="--out .*/deep/out appeared while"), new_folder(path) as first:
+        write_rows(first / "a.jsonl", [{"of": "first"}])
+        with new_folder(path) as second:
+            write_rows(second / "b.jsonl", [{"of": "second"}])
+        write_rows(first / "c.jsonl", [{"of": "first"}])
+        assert [file.name for file in path.iterdir()] == ["b.jsonl"]
+    assert [file.name for file in path.iterdir()] == ["b.jsonl"]
+    assert list(path.parent.iterdir()) == [path], "no unfinished folder is left"
+    assert path.stat().st_mode == path.parent.stat().st_mode, "others may read it as any folder"
+
+
+def test_a_run_whose_folder_vanishes_fails(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError), new_folder(tmp_path / "out") as folder:
+        write_rows(folder / "a.jsonl", [{"x": 1}])
+        shutil.rmtree(folder)
+        write_rows(folder / "b.jsonl", [{"x": 2}])
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_failed_run_leaves_nothing(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    with pytest.raises(ValueError, match="bad row"), new_folder(tmp_path / "out") as folder:
+        write_rows(folder / "a.jsonl", [{"x": 1}])
+        raise ValueError("bad row")
+    assert list(tmp_path.iterdir()) == [tmp_path / "out"] and not list((tmp_path / "out").iterdir())

@@ -88,6 +88,8 @@ def test_a_task_without_examples(folder: Path) -> None:
         ("qrels/test.tsv", "query-id\tcorpus-id\tscore\nq0\td99\t1\n", "test.tsv:2 names 'd99', which corpus.jsonl"),
         ("qrels/test.tsv", "query-id\tcorpus-id\tscore\nq99\td0\t1\n", "test.tsv:2 names 'q99', which queries.jsonl"),
         ("qrels/test.tsv", "query-id\tcorpus-id\tscore\nq0 d0 1\n", "test.tsv:2 must be"),
+        ("qrels/test.tsv", "q0\td0\t1.0\nq1\td1\t1\n", "test.tsv:1 must be"),
+        ("corpus.jsonl", "[" * 100_000, "corpus.jsonl:1 is not a line of JSON: maximum recursion"),
         ("qrels/test.tsv", "query-id\tcorpus-id\tscore\nq0\td0\t0\n", "no query has a relevant passage"),
         ("examples.jsonl", '{"query": "a"}\n', "examples.jsonl:1 must have a query and a response"),
     ],

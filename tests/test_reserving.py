@@ -1,5 +1,6 @@
 """Reserved rows: disjoint from training by text, small loss, deterministic, and a folder that the evaluation reads."""
 
+import itertools
 import json
 import random
 from pathlib import Path
@@ -14,11 +15,11 @@ from samples import write_recipe
 
 from pipeline.data.eval_folder import write_eval_folder
 from pipeline.data.normalizing import normalize_text, store_keys, text_key
-from pipeline.data.reserving import Links, Reserved, count_links, find_links, group_of, linked_to, reserve
+from pipeline.data.reserving import Links, Reserved, count_links, find_links, group_of, linked_to, reserve_all
 from pipeline.data.store import open_store
 from pipeline.evaluation.tasks import load_task
 from pipeline.preprocess import main as preprocess
-from pipeline.reserve_rows import main, write_split
+from pipeline.reserve_rows import main
 from pipeline.settings import load_settings
 
 # Normalisation.
@@ -55,28 +56,37 @@ def links_of(rows: list[dict[str, Any]]) -> Links:
     return find_links(store.datasets[0], keys_U)
 
 
+def reserve_one(links: Links, num_dev: int, num_examples: int, seed: int) -> Reserved:
+    return reserve_all(["d"], [links], {0}, num_dev, num_examples, seed)[0]
+
+
 def row_texts(row: dict[str, Any]) -> set[str]:
     return {normalize_text(text) for text in (row["query"], *row["pos"])}
 
 
-def check_disjoint(rows: list[dict[str, Any]], found: Reserved) -> None:
-    """By comparing all pairs of rows: no text of one use in another, and nothing dropped without need."""
-    uses = [("dev", found.dev_N), ("example", found.example_N), ("dropped", found.dropped_N)]
-    use_of = [[name for name, rows_N in uses if rows_N[n]] or ["train"] for n in range(len(rows))]
-    assert all(len(names) == 1 for names in use_of)
-    texts = {
-        name: set().union(*[row_texts(r) for r, names in zip(rows, use_of, strict=True) if names == [name]])
-        for name in ("dev", "example", "train")
-    }
-    assert not texts["dev"] & texts["train"]
-    assert not texts["example"] & texts["train"]
-    assert not texts["dev"] & texts["example"]
-    same_query: dict[str, set[str]] = {}
-    for row in rows:
-        same_query.setdefault(normalize_text(row["query"]), set()).update(row_texts(row))
-    for row, names in zip(rows, use_of, strict=True):
-        if names == ["dropped"]:
-            assert same_query[normalize_text(row["query"])] & (texts["dev"] | texts["example"])
+def check_disjoint(*datasets: tuple[list[dict[str, Any]], Reserved]) -> None:
+    """By comparing all texts: none of one use or reserved from one dataset in another, nothing dropped without need."""
+    texts: dict[tuple[str, int], set[str]] = {}
+    num_uses = []
+    for i, (rows, found) in enumerate(datasets):
+        for use, rows_N in (("dev", found.dev_N), ("example", found.example_N), ("train", found.train_N)):
+            texts[use, i] = set().union(*[row_texts(rows[n]) for n in np.flatnonzero(rows_N)])
+        uses = (found.dev_N, found.example_N, found.train_N, found.dropped_N, found.dropped_for_others_N)
+        num_uses += np.sum(uses, axis=0).tolist()
+    assert set(num_uses) == {1}
+    for (use, i), (other, j) in itertools.combinations(texts, 2):
+        if not use == other == "train":
+            assert not texts[use, i] & texts[other, j], (use, i, other, j)
+    reserved = [texts["dev", i] | texts["example", i] for i in range(len(datasets))]
+    for i, (rows, found) in enumerate(datasets):
+        same_query: dict[str, set[str]] = {}
+        for row in rows:
+            same_query.setdefault(normalize_text(row["query"]), set()).update(row_texts(row))
+        others = set().union(*reserved[:i], *reserved[i + 1 :])
+        for row, own, for_others in zip(rows, found.dropped_N, found.dropped_for_others_N, strict=True):
+            linked = same_query[normalize_text(row["query"])]
+            assert not own or linked & reserved[i]
+            assert not for_others or (linked & others and not own)
 
 
 def count_queries(rows: list[dict[str, Any]], rows_N: np.ndarray) -> int:
@@ -101,28 +111,61 @@ def test_no_text_stands_in_two_uses(num_positives: int) -> None:
     for seed in range(25):
         rows = random_rows(random.Random(seed), 120, num_positives)
         try:
-            found = reserve("d", links_of(rows), 10, 4, seed)
+            found = reserve_one(links_of(rows), 10, 4, seed)
         except ValueError as error:
-            assert "rows for training" in str(error) or "share no text" in str(error)
+            assert "rows of dataset" in str(error) or "share no text" in str(error)
             continue
         fits += 1
         assert (count_queries(rows, found.dev_N), count_queries(rows, found.example_N)) == (10, 4)
-        check_disjoint(rows, found)
+        check_disjoint((rows, found))
     assert fits >= 20 or num_positives < 40
+
+
+@pytest.mark.parametrize("num_positives", [60, 300])
+def test_no_text_stands_in_two_uses_of_two_datasets(num_positives: int) -> None:
+    fits = 0
+    for seed in range(25):
+        rng = random.Random(seed)
+        a, b = random_rows(rng, 120, num_positives), random_rows(rng, 120, num_positives)
+        b[:40] = a[:40]
+        try:
+            found = reserve_all(["a", "b"], [links_of(a), links_of(b)], {0, 1}, 8, 8, seed)
+        except ValueError as error:
+            assert "rows of dataset" in str(error) or "share no text" in str(error)
+            continue
+        fits += 1
+        for rows, r in zip((a, b), found, strict=True):
+            assert (count_queries(rows, r.dev_N), count_queries(rows, r.example_N)) == (8, 8)
+        check_disjoint((a, found[0]), (b, found[1]))
+    assert fits >= (20 if num_positives == 300 else 1)
+
+
+def test_a_dataset_within_another_gives_nothing_twice() -> None:
+    """All of the small one's queries stand in the large one: what the large one reserved is not free there."""
+    large = [{"query": f"q{i}", "pos": [f"p{i}"]} for i in range(40)]
+    links = [links_of(large), links_of(large[:20])]
+    found = reserve_all(["large", "small"], links, {0, 1}, 4, 2, 0)
+    check_disjoint((large, found[0]), (large[:20], found[1]))
+    assert [(r.dev_N.sum(), r.example_N.sum()) for r in found] == [(4, 2)] * 2
+    taken_N = found[0].dev_N | found[0].example_N
+    assert (found[1].dropped_for_others_N == taken_N[:20]).all()
+    mostly_taken = [large[n] for n in np.flatnonzero(taken_N)] + [{"query": "alone", "pos": ["alone too"]}]
+    with pytest.raises(ValueError, match="only 1 of 7 queries share no text with what is reserved already"):
+        reserve_all(["large", "small"], [links[0], links_of(mostly_taken)], {0, 1}, 4, 2, 0)
 
 
 def test_whole_groups_cost_nothing() -> None:
     # 30 paragraphs with four questions each.
     rows = [{"query": f"q{i}", "pos": [f"p{i // 4}"]} for i in range(120)]
-    found = reserve("d", links_of(rows), 20, 8, 0)
+    found = reserve_one(links_of(rows), 20, 8, 0)
     assert (found.dev_N.sum(), found.example_N.sum(), found.dropped_N.sum()) == (20, 8, 0)
-    check_disjoint(rows, found)
+    check_disjoint((rows, found))
 
 
 def test_a_large_group_gives_rows_with_few_links() -> None:
     # One chain: row i shares a positive with row i + 1. A middle row costs two, an end one.
     rows = [{"query": f"q{i}", "pos": [f"p{i}", f"p{i + 1}"]} for i in range(50)]
-    found = reserve("d", links_of(rows), 2, 0, 0)
+    found = reserve_one(links_of(rows), 2, 0, 0)
     assert np.flatnonzero(found.dev_N).tolist() == [0, 49]
     assert np.flatnonzero(found.dropped_N).tolist() == [1, 48]
 
@@ -132,16 +175,16 @@ def test_variety_comes_first() -> None:
     rows = [{"query": f"a{i}", "pos": ["shared"]} for i in range(15)]
     rows += [{"query": f"b{i}", "pos": [f"p{i}"]} for i in range(100)]
     for seed in range(5):
-        assert not reserve("d", links_of(rows), 20, 0, seed).dev_N[:15].any()
+        assert not reserve_one(links_of(rows), 20, 0, seed).dev_N[:15].any()
 
 
 def test_seeds_choose_differently_and_repeat() -> None:
     links = links_of([{"query": f"q{i}", "pos": [f"p{i}"]} for i in range(200)])
-    chosen = [np.flatnonzero(reserve("d", links, 20, 0, seed).dev_N).tolist() for seed in (0, 0, 1)]
+    chosen = [np.flatnonzero(reserve_one(links, 20, 0, seed).dev_N).tolist() for seed in (0, 0, 1)]
     assert chosen[0] == chosen[1] != chosen[2]
     counts = np.zeros(200)
     for seed in range(200):
-        counts += reserve("d", links, 20, 0, seed).dev_N
+        counts += reserve_one(links, 20, 0, seed).dev_N
     assert counts.min() > 5 and counts.max() < 45, "each row is reserved in about a tenth of the draws"
 
 
@@ -175,17 +218,29 @@ def test_links_against_all_pairs() -> None:
     ("num_rows", "num_positives", "num_dev", "num_examples", "message"),
     [
         (20, 20, 15, 5, "that is 20 queries, the dataset has 20 distinct ones"),
-        (60, 3, 5, 0, "leaves 0 of 60 rows for training"),
-        (60, 3, 5, 2, "only 0 queries share no text with the dev queries"),
-        (40, 40, 25, 0, "leaves 15 of 40 rows for training"),
+        (
+            60,
+            3,
+            5,
+            0,
+            "would leave 0 of 60 rows of dataset 'labels' for training, less than 50%: 5 rows reserved; 55 rows",
+        ),
+        (60, 3, 5, 2, "only 0 of 60 queries share no text with what is reserved already"),
+        (
+            40,
+            40,
+            25,
+            0,
+            "would leave 15 of 40 rows of dataset 'labels' for training, less than 50%: 25 rows reserved; ask",
+        ),
     ],
 )
 def test_more_than_the_dataset_allows(
     num_rows: int, num_positives: int, num_dev: int, num_examples: int, message: str
 ) -> None:
     rows = [{"query": f"q{i}", "pos": [f"p{i % num_positives}"]} for i in range(num_rows)]
-    with pytest.raises(ValueError, match="--reserve-dev .*dataset 'labels'") as caught:
-        reserve("labels", links_of(rows), num_dev, num_examples, 0)
+    with pytest.raises(ValueError, match="--reserve-dev .*'labels'") as caught:
+        reserve_all(["labels"], [links_of(rows)], {0}, num_dev, num_examples, 0)
     assert message in str(caught.value)
 
 
@@ -277,16 +332,23 @@ def test_a_query_that_answers_another_stays_in_the_corpus(tmp_path: Path) -> Non
     assert sorted(load_task(tmp_path / "d").corpus.values()) == ["b", "c"]
 
 
-def test_a_dataset_that_others_empty_is_an_error(tmp_path: Path) -> None:
-    rows = [{"query": f"q{i}", "pos": [f"p{i}"], "neg": []} for i in range(4)]
-    store = make_store({"a": ("normal", rows), "b": ("only_1neg", rows[:1])})
-    keys_U = np.array([text_key(text) for text in store.texts], dtype=np.uint64)
-    links = [find_links(table, keys_U) for table in store.datasets]
-    nothing_N = np.zeros(4, bool)
-    reserved = {0: Reserved(np.arange(4) == 0, nothing_N, nothing_N)}
-    assert write_split(tmp_path, store, 0, keys_U, links, reserved)["train"] == 3
-    with pytest.raises(ValueError, match="dataset 'b': none of its 1 rows would be left"):
-        write_split(tmp_path, store, 1, keys_U, links, reserved)
+@pytest.mark.parametrize(("num_alone", "fits"), [(3, False), (4, True), (40, True)])
+def test_a_dataset_that_others_empty_is_an_error(num_alone: int, fits: bool) -> None:
+    """Four of its rows stand in the first dataset, where they are reserved: half of them at least must stay."""
+    first = [{"query": f"q{i}", "pos": ["p"]} for i in range(4)] + [{"query": f"r{i}", "pos": ["s"]} for i in range(9)]
+    second = [{"query": "other", "pos": ["p"]}] * 4 + [{"query": f"x{i}", "pos": [f"y{i}"]} for i in range(num_alone)]
+    links = [links_of(first), links_of(second)]
+    if fits:
+        found = reserve_all(["a", "b"], links, {0}, 4, 0, 0)
+        check_disjoint((first, found[0]), (second, found[1]))
+        assert (found[1].dropped_for_others_N.sum(), found[1].train_N.sum()) == (4, num_alone)
+    else:
+        message = (
+            "would leave 3 of 7 rows of dataset 'b' for training, less than 50%: 4 rows dropped because they share "
+            "one with reserved rows of other datasets; ask for fewer, reserve from other datasets"
+        )
+        with pytest.raises(ValueError, match=message):
+            reserve_all(["a", "b"], links, {0}, 4, 0, 0)
 
 
 def test_the_written_recipe_preprocesses_what_is_left(recipe: Path, tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 import gzip
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -16,7 +16,7 @@ import zstandard
 from samples import REPOSITORY, sample_rows
 
 from pipeline.data import building
-from pipeline.data.beir import join_title, read_texts
+from pipeline.data.beir import join_title, read_grades, read_texts
 from pipeline.data.building import build_store
 from pipeline.data.finding import find_sources
 from pipeline.data.parallel import open_pool
@@ -302,6 +302,33 @@ def test_beir_split_that_is_not_there(beir: Path, settings_of: Callable[..., Set
         find_sources(settings_of({"name": "b", "path": "beir", "split": "dev"}))
 
 
+@pytest.mark.parametrize(
+    ("judgements", "line"),
+    [
+        (b"q0\td0\t1.0\n", 1),
+        (b"\xef\xbb\xbfq0\td0\t1.0\nq1\td0\t1\n", 1),
+        (b"q0\td0\t\xc2\xb2\n", 1),
+        (b"query-id\tcorpus-id\tscore\nq0\td0\t\xc2\xb2\n", 2),
+        (b"query-id\tcorpus-id\tscore\nq0\td0\t--1\n", 2),
+        (b"query-id\tcorpus-id\tscore\nq0\td0\t0.5\n", 2),
+        (b"query-id\tcorpus-id\tscore\nq\xff\td0\t1\n", 2),
+        (b"query-id\tcorpus-id\tscore\nquery-id\tcorpus-id\tscore\n", 2),
+    ],
+)
+def test_grades_that_are_no_whole_numbers(judgements: bytes, line: int, tmp_path: Path) -> None:
+    (tmp_path / "train.tsv").write_bytes(judgements)
+    with pytest.raises(
+        ValueError, match=rf"train.tsv:{line} must be `query-id<TAB>corpus-id<TAB>whole number` in UTF-8, got "
+    ):
+        read_grades(tmp_path / "train.tsv")
+
+
+@pytest.mark.parametrize("header", [b"", b"query-id\tcorpus-id\tscore\n", b"\xef\xbb\xbfqid\tpid\tgrade\r\n"])
+def test_judgements_with_and_without_a_header(header: bytes, tmp_path: Path) -> None:
+    (tmp_path / "train.tsv").write_bytes(header + b"q0\td0\t1\r\nq0\td1\t-1\n\nq1\td0\t 2 \n")
+    assert read_grades(tmp_path / "train.tsv") == {"q0": {"d0": 1, "d1": -1}, "q1": {"d0": 2}}
+
+
 def test_beir_judgement_that_is_none(beir: Path, settings_of: Callable[..., Settings]) -> None:
     (beir / "qrels/train.tsv").write_text("q0 0 d0 1\nq1 0 d0 1\n")
     with pytest.raises(ValueError, match=r"train\.tsv:2 must be `query-id<TAB>corpus-id<TAB>whole number`"):
@@ -378,6 +405,32 @@ def test_hub_errors_name_the_dataset(fake_hub: list[tuple[Any, ...]], settings_o
             ),
             None,
         )
+
+
+def test_a_stream_that_breaks_off_names_the_dataset(
+    settings_of: Callable[..., Settings], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the library raises in mid-stream once its own tries are used up."""
+    import datasets
+    from huggingface_hub.errors import HTTPError
+
+    class Stream:
+        def __init__(self, error: Exception) -> None:
+            self.error = error
+
+        def with_format(self, _: str) -> "Stream":
+            return self
+
+        def iter(self, batch_size: int) -> Iterator[pa.Table]:
+            yield pa.Table.from_pylist(pairs(ROWS[:5]))
+            raise self.error
+
+    entry = {"name": "h", "path": f"hf://owner/pairs@{COMMIT}", "split": "train", "streaming": True, "columns": PAIRS}
+    for error in (ConnectionError("Server Disconnected"), HTTPError("reset"), TimeoutError(), ValueError("bad page")):
+        monkeypatch.setattr(datasets, "load_dataset", lambda *_, error=error, **__: Stream(error))
+        reason = str(error) or "TimeoutError"
+        with pytest.raises(ValueError, match=f"hf://owner/pairs@.*: reading stopped behind row 5: {reason}; run the"):
+            build_store(settings_of(entry), None)
 
 
 # The README.

@@ -11,6 +11,8 @@ from collections.abc import Container, Iterator
 from pathlib import Path
 from typing import Any
 
+from pipeline.files import read_judgements
+
 log = logging.getLogger(__name__)
 
 CORPUS, QUERIES = "corpus.jsonl", "queries.jsonl"
@@ -59,18 +61,8 @@ def beir_rows(qrels: Path, corpus: Path, queries: Path) -> Iterator[dict[str, An
 def read_grades(qrels: Path) -> dict[str, dict[str, int]]:
     """Query id -> corpus id -> grade. Of a pair judged twice the last grade counts, as in evaluation."""
     grades: dict[str, dict[str, int]] = {}
-    with qrels.open("rb") as file:
-        for number, raw in enumerate(file, 1):
-            cells = raw.decode("utf-8", errors="replace").removeprefix("\ufeff").strip("\r\n").split("\t")
-            grade = cells[-1].strip()
-            is_grade = grade.lstrip("-").isdigit()
-            if not raw.strip() or (number == 1 and not is_grade):
-                continue
-            if len(cells) != 3 or not is_grade:
-                raise ValueError(
-                    f"{qrels}:{number} must be `query-id<TAB>corpus-id<TAB>whole number`, got {cells!r:.80}"
-                )
-            grades.setdefault(cells[0].strip(), {})[cells[1].strip()] = int(grade)
+    for _, query, passage, grade in read_judgements(qrels):
+        grades.setdefault(query, {})[passage] = grade
     return grades
 
 

@@ -21,7 +21,6 @@ from typing import Any
 
 from pipeline.data.blocks import BLOCK_BYTES, Block, RawFile, add_checksum, iter_blocks
 from pipeline.data.composing import Limits, compose_query, compose_wrapped
-from pipeline.data.derived import safe_name
 from pipeline.data.finding import find_sources
 from pipeline.data.joining import check_joined
 from pipeline.data.parallel import run_tasks
@@ -51,7 +50,7 @@ from pipeline.data.store import (
 from pipeline.data.text_shards import ShardTask, Width, build_shard, save_encoder
 from pipeline.data.tokenizing import PromptTokenizer, PromptTokens, load_tokenizer, tokenize_pieces
 from pipeline.data.units import UnitTask, build_unit
-from pipeline.files import file_sha256, sync, write_text
+from pipeline.files import file_sha256, safe_name, sync, write_text
 from pipeline.prompts import get_template
 from pipeline.settings import PreprocessSettings, Settings
 

@@ -2,8 +2,8 @@
 
 import json
 import os
-import re
 import shutil
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -14,13 +14,8 @@ import numpy as np
 
 from pipeline.data.raw_rows import raw_row
 from pipeline.data.store import DatasetTable, TokenStore
-from pipeline.files import sync, write_atomic, write_text
+from pipeline.files import safe_name, sync, write_atomic, write_text
 from pipeline.settings import HUB_PREFIX, DatasetSettings, Settings, dump_settings
-
-
-def safe_name(dataset: str) -> str:
-    """A dataset's name as part of a file name."""
-    return re.sub(r"[^\w.-]", "_", dataset)
 
 
 def rows_file(dataset: str) -> str:
@@ -28,16 +23,8 @@ def rows_file(dataset: str) -> str:
     return safe_name(dataset) + ".jsonl"
 
 
-def require_distinct_files(store: TokenStore) -> None:
-    """ValueError if two datasets would be written to one file."""
-    names = [table.name for table in store.datasets]
-    files = [rows_file(name) for name in names]
-    if clash := [name for name, file in zip(names, files, strict=True) if files.count(file) > 1]:
-        raise ValueError(f"datasets {', '.join(clash)} would be written to one file; rename one in the recipe")
-
-
 def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> int:
-    """Write rows as JSONL, complete or absent; returns how many."""
+    """Write rows as JSONL into a folder that is there, complete or absent; returns how many."""
     count = 0
 
     def write(temporary: Path) -> None:
@@ -47,7 +34,6 @@ def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> int:
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
                 count += 1
 
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, write)
     return count
 
@@ -116,20 +102,32 @@ def _entry(entry: DatasetSettings, table: DatasetTable, path: str) -> DatasetSet
 def new_folder(path: Path) -> Iterator[Path]:
     """A temporary folder beside `path` that takes its name when the block ends well: complete or absent.
 
+    Each call has a temporary folder of its own, `path`.unfinished-*, so runs with the same `path` never mix. One that
+    a killed run left may be removed.
+
     Raises:
-        ValueError: `path` is there already and not an empty folder.
+        ValueError: `path` is there already and not an empty folder, or appeared before the block ended.
     """
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise ValueError(f"--out {path} is there already; remove it or choose another")
     path = path.resolve()
-    temporary = path.with_name(path.name + ".unfinished")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    own = Path(tempfile.mkdtemp(dir=path.parent, prefix=path.name + ".unfinished-"))
+    temporary = own / path.name  # inside, because mkdtemp's folder is for its owner alone
     try:
+        temporary.mkdir()
         yield temporary
-        os.replace(temporary, path)
+        try:
+            os.replace(temporary, path)  # which takes the place of nothing or of an empty folder
+        except OSError as error:
+            if not path.exists():
+                raise
+            raise ValueError(
+                f"--out {path} appeared while its rows were written here: another run has the same --out? Nothing of "
+                "this one is kept; choose another"
+            ) from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(own, ignore_errors=True)
     sync(path.parent)
 
 

@@ -4,16 +4,16 @@ A folder may hold queries.jsonl and corpus.jsonl (BEIR's form), test.jsonl, trai
 classification or clustering task). examples.jsonl is not read: examples are training material.
 """
 
-import json
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
 from pipeline.data.normalizing import text_key
+from pipeline.files import read_json_lines
 
 QUERY_FIELDS = ("query", "text", "sentence1", "sentence2", "sentences", "sentence")
 CORPUS_FIELDS = ("positive", "negative")
@@ -28,6 +28,7 @@ class EvaluationTexts:
     queries: np.ndarray  # queries, and texts that are classified, clustered or compared
     corpus: np.ndarray  # passages that are searched or ranked
     is_pool: bool = False  # labelled texts that a classifier learns from, not the test itself
+    without_text: int = 0  # passages and rows in which no text was found: nothing can be compared with them
 
 
 def folder_texts(folder: Path, option: str = "--decontaminate") -> list[EvaluationTexts]:
@@ -37,26 +38,31 @@ def folder_texts(folder: Path, option: str = "--decontaminate") -> list[Evaluati
         option: that named the folder, for messages.
 
     Raises:
-        ValueError: the folder is none, or a line of it is not JSON or holds no text.
+        ValueError: the folder is none, a line of it is not JSON, or a query holds no text.
     """
     if not folder.is_dir():
         hint = f"; settings stand before {option}" if "=" in folder.name else ""
         raise ValueError(f"{option} {folder}: no such folder{hint}")
-    if not any((folder / name).is_file() for name in FILES):
+    there = [name for name in FILES if (folder / name).is_file()]
+    if not there:
         raise ValueError(f"{option} {folder} is not an evaluation folder: it holds none of {', '.join(FILES)}")
+    queries, corpus, pool, without_text = array("Q"), array("Q"), array("Q"), 0
+    for file in there:
+        for place, row in read_json_lines(folder / file):
+            if file == "corpus.jsonl":
+                without_text += not _is_text(row.get("text"))
+                corpus.extend(_passage_keys(row))
+                continue
+            fields = ("text",) if file == "queries.jsonl" else QUERY_FIELDS
+            found = _keys(row, fields)
+            if not found:
+                raise ValueError(f"{place} holds no text in {', '.join(fields)}: {str(row)[:80]}")
+            (pool if file == "train.jsonl" else queries).extend(found)
+            if file == "test.jsonl":
+                corpus.extend(_keys(row, CORPUS_FIELDS))
     name = folder.resolve().name
-    queries, corpus, pool = array("Q"), array("Q"), array("Q")
-    for place, row in _json_lines(folder / "queries.jsonl"):
-        queries.extend(_keys(place, row, ("text",)))
-    for place, row in _json_lines(folder / "corpus.jsonl"):
-        corpus.extend(_passage_keys(place, row))
-    for place, row in _json_lines(folder / "test.jsonl"):
-        queries.extend(_keys(place, row, QUERY_FIELDS))
-        corpus.extend(_keys(place, row, CORPUS_FIELDS, required=False))
-    found = [_texts(name, queries, corpus)] if queries or corpus else []
-    for place, row in _json_lines(folder / "train.jsonl"):
-        pool.extend(_keys(place, row, QUERY_FIELDS))
-    return [*found, _texts(f"{name}/train", pool, array("Q"), is_pool=True)] if pool else found
+    sets = [_texts(name, queries, corpus, without_text=without_text)] if queries or corpus or without_text else []
+    return [*sets, _texts(f"{name}/train", pool, array("Q"), is_pool=True)] if pool else sets
 
 
 def mteb_texts(task: Any) -> EvaluationTexts:
@@ -68,26 +74,31 @@ def mteb_texts(task: Any) -> EvaluationTexts:
     Raises:
         ValueError: no column with texts is known.
     """
-    queries, corpus, seen = array("Q"), array("Q"), set[str]()
+    queries, corpus, seen, without_text = array("Q"), array("Q"), set[str](), 0
     name = task.metadata.name
     columns = {*QUERY_FIELDS, *_own_columns(task)}
     for rows in _eval_rows(task):
         if "queries" in _names(rows) and "corpus" in _names(rows):
-            for number, row in enumerate(rows["queries"]):
-                queries.extend(_keys(f"{name}: query {number}", row, ("text",), required=False))
-            for number, row in enumerate(rows["corpus"]):
-                corpus.extend(_passage_keys(f"{name}: passage {number}", row))
+            for row in rows["queries"]:
+                found = _keys(row, ("text",))
+                without_text += not found
+                queries.extend(found)
+            for row in rows["corpus"]:
+                without_text += not _is_text(row.get("text"))
+                corpus.extend(_passage_keys(row))
             continue
         seen.update(_names(rows))
-        for number, row in enumerate(rows):
-            place = f"{name}: row {number}"
-            queries.extend(_keys(place, row, tuple(columns & set(row)), required=False))
-            corpus.extend(_keys(place, row, tuple({*CORPUS_FIELDS, "docs"} & set(row)), required=False))
+        for row in rows:
+            found = _keys(row, columns)
+            passages = _keys(row, (*CORPUS_FIELDS, "docs"))
+            without_text += not found and not passages
+            queries.extend(found)
+            corpus.extend(passages)
     if not queries:
         raise ValueError(
             f"--decontaminate-mteb {name}: no texts found in its splits {task.eval_splits} ({sorted(seen)})"
         )
-    return _texts(name, queries, corpus)
+    return _texts(name, queries, corpus, without_text=without_text)
 
 
 def _eval_rows(task: Any) -> Iterator[Any]:
@@ -115,44 +126,29 @@ def _own_columns(task: Any) -> set[str]:
     return found
 
 
-def _texts(name: str, queries: "array[int]", corpus: "array[int]", is_pool: bool = False) -> EvaluationTexts:
+def _texts(
+    name: str, queries: "array[int]", corpus: "array[int]", is_pool: bool = False, without_text: int = 0
+) -> EvaluationTexts:
     distinct = [np.unique(np.frombuffer(keys, dtype=np.uint64)) for keys in (queries, corpus)]
-    return EvaluationTexts(name, distinct[0], distinct[1], is_pool)
+    return EvaluationTexts(name, distinct[0], distinct[1], is_pool, without_text)
 
 
-def _passage_keys(place: str, row: dict[str, Any]) -> list[int]:
+def _passage_keys(row: Mapping[str, Any]) -> list[int]:
     """A passage alone and behind its title: training data may hold either."""
-    found = _keys(place, row, ("text",), required=False)
+    found = _keys(row, ("text",))
     if title := row.get("title"):
         found.append(text_key(f"{title} {row.get('text') or ''}"))
     return found
 
 
-def _keys(place: str, row: dict[str, Any], fields: Iterable[str], required: bool = True) -> list[int]:
+def _keys(row: Mapping[str, Any], fields: Iterable[str]) -> list[int]:
     """Keys of all texts in these fields, each a text or a list of texts; blank ones are none."""
     found = []
     for field in fields:
         value = row.get(field)
-        for text in value if isinstance(value, list) else [value]:
-            if isinstance(text, str) and text.strip():
-                found.append(text_key(text))
-    if required and not found:
-        raise ValueError(f"{place} holds no text in {', '.join(fields)}: {str(row)[:80]}")
+        found += [text_key(text) for text in (value if isinstance(value, list) else [value]) if _is_text(text)]
     return found
 
 
-def _json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(`file:line`, object) of every line that is not blank; nothing where there is no such file."""
-    if not path.is_file():
-        return
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line.decode("utf-8"))
-            except ValueError as error:
-                raise ValueError(f"{path}:{number} is not a line of JSON: {error}") from error
-            if not isinstance(row, dict):
-                raise ValueError(f"{path}:{number} must be a JSON object, got {type(row).__name__}")
-            yield f"{path}:{number}", row
+def _is_text(value: Any) -> TypeGuard[str]:
+    return isinstance(value, str) and bool(value.strip())

@@ -1,5 +1,6 @@
 """Hugging Face datasets: folders of save_to_disk and names on the hub."""
 
+import asyncio
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,7 @@ def hub_tables(
 
     tables: list[pa.Table] = []
     size = 0
-    for table in _load(path, config, split, True, where).with_format("arrow").iter(batch_size=_BATCH_ROWS):
+    for table in _batches(_load(path, config, split, True, where), where):
         require_columns(columns, table.column_names, where)
         tables.append(table.select(needed_columns(columns, table.column_names)))
         size += tables[-1].nbytes
@@ -57,13 +58,38 @@ def hub_tables(
         yield sum(t.num_rows for t in tables), pack_table(pa.concat_tables(tables, promote_options="default"))
 
 
+def _batches(stream: Any, where: str) -> Iterator[Any]:
+    """Arrow tables of a streamed dataset; ValueError when reading fails on the way."""
+    batches, num_rows = stream.with_format("arrow").iter(batch_size=_BATCH_ROWS), 0
+    while True:
+        try:
+            table = next(batches, None)
+        except _faults() as error:
+            reason = str(error) or type(error).__name__
+            raise ValueError(
+                f"{where}: reading stopped behind row {num_rows:,}: {reason}; run the command again, or leave "
+                "streaming out to fetch all of it first"
+            ) from error
+        if table is None:
+            return
+        num_rows += table.num_rows
+        yield table
+
+
+def _faults() -> tuple[type[Exception], ...]:
+    """What `datasets` raises when the hub or the network fails."""
+    from huggingface_hub.errors import HTTPError  # of its HTTP library, which is not an OSError with every version
+
+    return OSError, ValueError, RuntimeError, TimeoutError, asyncio.TimeoutError, HTTPError
+
+
 def _load(path: str, config: str, split: str, streaming: bool, where: str) -> Any:
     from datasets import load_dataset
 
     name, _, revision = path.removeprefix(HUB_PREFIX).partition("@")
     try:
         return load_dataset(name, config or None, split=split, revision=revision or None, streaming=streaming)
-    except (OSError, ValueError, RuntimeError) as error:
+    except _faults() as error:
         raise ValueError(
             f"{where}: {error}; check name, config and split, or fetch it where the hub can be reached and save it "
             "with save_to_disk"

@@ -13,6 +13,7 @@ from tqdm import tqdm
 from pipeline.data.store import TokenStore
 
 _SLICE = 65536
+_BLOCK = 1 << 22
 
 
 def normalize_text(text: str) -> str:
@@ -41,3 +42,14 @@ def store_keys(store: TokenStore, bars: bool) -> np.ndarray:
                 keys_U[first + start : first + start + len(texts)] = [text_key(text) for text in texts]
                 progress.update(len(texts))
     return keys_U
+
+
+def is_among(keys: np.ndarray, sorted_keys: np.ndarray) -> np.ndarray:
+    """Which of the keys stand in the sorted ones, bool: np.isin, which sorts both, without memory beyond a block."""
+    found = np.zeros(len(keys), dtype=bool)
+    if len(sorted_keys):
+        for start in range(0, len(keys), _BLOCK):
+            block = keys[start : start + _BLOCK]
+            place = np.searchsorted(sorted_keys, block)
+            found[start : start + _BLOCK] = sorted_keys[np.minimum(place, len(sorted_keys) - 1)] == block
+    return found

@@ -9,10 +9,10 @@ examples.jsonl  {"query", "response"} a line: in-context examples, none of them 
 
 import json
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+
+from pipeline.files import read_json_lines, read_judgements
 
 QRELS = "qrels/test.tsv"
 METRIC = r"(ndcg|map|mrr|recall|precision|hit_rate)_at_\d+"  # as mteb names them
@@ -82,25 +82,10 @@ def _read_header(path: Path) -> dict[str, str]:
     return header
 
 
-def _json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(`file:line`, object) of every line; ValueError on a line that is not a JSON object. Empty lines are skipped."""
-    for number, raw in enumerate(path.read_bytes().splitlines(), start=1):
-        place = f"{path}:{number}"
-        if not raw.strip():
-            continue
-        try:
-            row = json.loads(raw.decode("utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{place} is not a line of JSON: {error}") from error
-        if not isinstance(row, dict):
-            raise ValueError(f"{place} must be a JSON object, got {type(row).__name__}")
-        yield place, row
-
-
 def _read_texts(path: Path, may_be_empty: bool) -> list[tuple[str, str, str]]:
     """(id, title, text) of every line; ids must be distinct."""
     rows, seen = [], set()
-    for place, row in _json_lines(path):
+    for place, row in read_json_lines(path):
         identity, title, text = row.get("_id"), row.get("title") or "", row.get("text")
         if not isinstance(identity, (str, int)) or not isinstance(title, str) or not isinstance(text, str):
             raise ValueError(f"{place} must have an _id and a text, got {str(row)[:80]}")
@@ -118,28 +103,18 @@ def _read_texts(path: Path, may_be_empty: bool) -> list[tuple[str, str, str]]:
 def _read_qrels(path: Path, queries: dict[str, str], corpus: dict[str, str]) -> dict[str, dict[str, int]]:
     """Query id -> corpus id -> grade, for queries with at least one grade above 0."""
     grades: dict[str, dict[str, int]] = {}
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8: {error}") from error
-    for number, line in enumerate(text.splitlines(), start=1):
-        cells = line.split("\t")
-        if not line.strip() or (number == 1 and not cells[-1].strip().lstrip("-").isdigit()):
-            continue
-        if len(cells) != 3 or not cells[2].strip().lstrip("-").isdigit():
-            raise ValueError(f"{path}:{number} must be `query-id<TAB>corpus-id<TAB>whole number`, got {line[:80]!r}")
-        query, passage = cells[0].strip(), cells[1].strip()
+    for place, query, passage, grade in read_judgements(path):
         for identity, known, file in ((query, queries, "queries.jsonl"), (passage, corpus, "corpus.jsonl")):
             if identity not in known:
-                raise ValueError(f"{path}:{number} names {identity!r}, which {file} does not hold")
-        grades.setdefault(query, {})[passage] = int(cells[2])
+                raise ValueError(f"{place} names {identity!r}, which {file} does not hold")
+        grades.setdefault(query, {})[passage] = grade
     return {query: row for query, row in grades.items() if max(row.values()) > 0}
 
 
 def _read_examples(path: Path) -> tuple[tuple[str, str], ...]:
     """The task's examples in file order; none where the file is missing."""
     examples = []
-    for place, row in _json_lines(path) if path.is_file() else ():
+    for place, row in read_json_lines(path) if path.is_file() else ():
         query, response = row.get("query"), row.get("response")
         if not isinstance(query, str) or not isinstance(response, str) or not query.strip() or not response.strip():
             raise ValueError(f"{place} must have a query and a response, got {str(row)[:80]}")

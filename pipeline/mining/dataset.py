@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.data.derived import rows_file, safe_name, write_rows
+from pipeline.data.derived import rows_file, write_rows
 from pipeline.data.raw_rows import raw_row
 from pipeline.data.store import DatasetTable, TokenStore
 from pipeline.datatypes import RULES
-from pipeline.files import write_text
+from pipeline.files import safe_name, write_text
 from pipeline.mining.block_store import Scored, StoredBlocks, fill_blocks
 from pipeline.mining.blocks import Index, MinedBlock, MiningInput, Teacher, load_block, mine_block, save_block
 from pipeline.mining.corpus import Queries, corpus_texts, distinct_queries, find_copies, relate

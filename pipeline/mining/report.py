@@ -10,8 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.data.derived import safe_name
-from pipeline.files import write_atomic, write_text
+from pipeline.files import safe_name, write_atomic, write_text
 from pipeline.mining.blocks import SHOWN_RANKS, MinedBlock, MiningInput
 from pipeline.mining.options import BM25, RECALL_RANKS
 from pipeline.mining.rules import REASONS, active_rules
