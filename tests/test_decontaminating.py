@@ -205,7 +205,10 @@ def test_real_mteb_tasks_name_their_columns(monkeypatch: pytest.MonkeyPatch) -> 
 # What matches.
 
 
-def test_keys_among_others() -> None:
+@pytest.mark.parametrize("cached", [0, 1 << 18])
+def test_keys_among_others(cached: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(normalizing, "_BLOCK", 70)
+    monkeypatch.setattr(normalizing, "_CACHED", cached)
     rng = np.random.default_rng(0)
     for num_keys, num_others in ((0, 5), (5, 0), (300, 40), (7, 1)):
         own, others = (rng.integers(0, 60, size, dtype=np.uint64) for size in (num_keys, num_others))

@@ -13,7 +13,8 @@ from tqdm import tqdm
 from pipeline.data.store import TokenStore
 
 _SLICE = 65536
-_BLOCK = 1 << 22
+_BLOCK = 1 << 22  # keys
+_CACHED = 1 << 18
 
 
 def normalize_text(text: str) -> str:
@@ -49,7 +50,9 @@ def is_among(keys: np.ndarray, sorted_keys: np.ndarray) -> np.ndarray:
     found = np.zeros(len(keys), dtype=bool)
     if len(sorted_keys):
         for start in range(0, len(keys), _BLOCK):
-            block = keys[start : start + _BLOCK]
-            place = np.searchsorted(sorted_keys, block)
-            found[start : start + _BLOCK] = sorted_keys[np.minimum(place, len(sorted_keys) - 1)] == block
+            block, here = keys[start : start + _BLOCK], found[start : start + _BLOCK]
+            # In order, look-ups in an array beyond the processor's cache take a fifth of the time.
+            order = np.argsort(block) if len(sorted_keys) > _CACHED else slice(None)
+            place = np.searchsorted(sorted_keys, block[order])
+            here[order] = sorted_keys[np.minimum(place, len(sorted_keys) - 1)] == block[order]
     return found
