@@ -22,6 +22,7 @@ from pipeline.data.joining import check_joined
 from pipeline.data.parallel import open_pool
 from pipeline.data.store import TokenStore, open_store
 from pipeline.data.tokenizing import PromptTokenizer, load_tokenizer
+from pipeline.files import locked
 from pipeline.preprocess import main
 from pipeline.prompts import Template, get_template
 from pipeline.settings import load_settings
@@ -384,7 +385,7 @@ def test_number_of_processes_must_be_positive(tiny_recipe: Recipe, capsys: pytes
 def test_second_build_of_the_same_store_is_refused(tiny_recipe: Recipe) -> None:
     recipe = tiny_recipe()
     work = store_of(recipe).with_name("store.partial")
-    with building._locked(work), pytest.raises(ValueError, match="another process is building"):
+    with locked(work / "lock", ""), pytest.raises(ValueError, match="another process is building"):
         build_store(load_settings(recipe), None)
 
 

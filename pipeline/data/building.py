@@ -5,7 +5,6 @@ Every unit and shard is complete or absent too: an interrupted build goes on whe
 tokenizer and raw files are the same. No file depends on the number of processes.
 """
 
-import fcntl
 import hashlib
 import json
 import logging
@@ -13,7 +12,6 @@ import os
 import shutil
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
@@ -50,7 +48,7 @@ from pipeline.data.store import (
 from pipeline.data.text_shards import ShardTask, Width, build_shard, save_encoder
 from pipeline.data.tokenizing import PromptTokenizer, PromptTokens, load_tokenizer, tokenize_pieces
 from pipeline.data.units import UnitTask, build_unit
-from pipeline.files import file_sha256, safe_name, sync, write_text
+from pipeline.files import file_sha256, locked, safe_name, sync, write_text
 from pipeline.prompts import get_template
 from pipeline.settings import PreprocessSettings, Settings
 
@@ -135,7 +133,7 @@ def build_store(
             return require_up_to_date(store, full_identity(raw, settings, sources, loading.result())), False
         num_partitions = min(max(-(-text_bytes // partition_bytes), 1), _MAX_PARTITIONS)
         work = store.with_name(store.name + ".partial")
-        with _locked(work):
+        with locked(work / "lock", f"another process is building in {work}; wait for it to end"):
             if not overwrite and store.exists() and not is_empty(store):
                 raise ValueError(f"another process has just built {store}; run again to compare it with the recipe")
             units = _keep_one(work, "units", raw)
@@ -156,18 +154,6 @@ def build_store(
 def _text_bytes(file: RawFile) -> int:
     """About how much text a file holds."""
     return _HUB_BYTES if file.kind == "hub" else file.num_bytes * _TEXT_PER_BYTE.get(file.kind, 1)
-
-
-@contextmanager
-def _locked(work: Path) -> Iterator[None]:
-    """Hold the build folder for this process; the lock goes with the process, however it ends."""
-    work.mkdir(parents=True, exist_ok=True)
-    with (work / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise ValueError(f"another process is building in {work}; wait for it to end") from error
-        yield
 
 
 def _keep_one(work: Path, stage: str, identity: dict[str, Any]) -> Path:
