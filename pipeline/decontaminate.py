@@ -46,8 +46,8 @@ SHOWN_CHARACTERS = 90
 EPILOG = """examples:
   python pipeline/decontaminate.py --config recipe.yaml --out clean --decontaminate eval/squad_test eval/banking_test
   python pipeline/decontaminate.py --config recipe.yaml --out clean --decontaminate-mteb NFCorpus STS15
-  python pipeline/decontaminate.py --config recipe.yaml --out marked --decontaminate eval/* --mark
-  python pipeline/decontaminate.py --config recipe.yaml --out clean --decontaminate eval/* --keep corpus pool
+  python pipeline/decontaminate.py --config recipe.yaml --out marked --decontaminate eval/*/ --mark
+  python pipeline/decontaminate.py --config recipe.yaml --out clean --decontaminate eval/*/ --keep corpus pool
   python pipeline/preprocess.py --config clean/recipe.yaml
 
 a folder may hold queries.jsonl and corpus.jsonl (text, title), test.jsonl (query, text, sentence1, sentence2; positive
