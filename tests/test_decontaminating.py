@@ -376,6 +376,7 @@ def test_a_dataset_that_is_all_test_is_an_error(
     ("arguments", "message"),
     [
         ([], "name at least one evaluation set"),
+        (["--decontaminate", __file__], "is a file; give the folders of evaluation sets alone"),
         (["--decontaminate", "nowhere"], "--decontaminate nowhere: no such folder"),
         (["--decontaminate", "data.store=x"], "no such folder; settings stand before --decontaminate"),
         (["--decontaminate-mteb", "NoSuchTask"], "--decontaminate-mteb NoSuchTask: "),

@@ -40,6 +40,8 @@ def folder_texts(folder: Path, option: str = "--decontaminate") -> list[Evaluati
     Raises:
         ValueError: the folder is none, a line of it is not JSON, or a query holds no text.
     """
+    if folder.is_file():
+        raise ValueError(f"{option} {folder} is a file; give the folders of evaluation sets alone (eval/*/)")
     if not folder.is_dir():
         hint = f"; settings stand before {option}" if "=" in folder.name else ""
         raise ValueError(f"{option} {folder}: no such folder{hint}")
