@@ -18,7 +18,6 @@ from transformers import (
     Qwen3Config,
 )
 
-from embed_kernels import dispatch
 from pipeline.model.encoder import MarkerEmbedding, add_lora, load_encoder, require_rows, trainable_parameters
 from pipeline.settings import LoraSettings, ModelSettings
 
@@ -158,10 +157,8 @@ def test_absent_kernel_is_an_error_not_a_fallback(tmp_path, monkeypatch):
         with pytest.raises(ValueError, match=f"attention_kernel={kernel} cannot run"):
             load_encoder(ModelSettings(name=name, attention_kernel=kernel), (), ())
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    dispatch._choose_once.cache_clear()
     with pytest.raises(ValueError, match="impl='triton' cannot run: the tensors are on the CPU"):
         load_encoder(ModelSettings(name=name, embed_kernels="triton"), (), ())
-    dispatch._choose_once.cache_clear()
 
 
 REFUSED = {

@@ -231,7 +231,7 @@ def gather_similarity(
 
 def require_impl(impl: Impl, device: torch.device, dtype: torch.dtype) -> None:
     """ValueError if the calls could not run as asked for: what a program checks before hours of other work."""
-    _choose(impl, device, dtype, "embedding")
+    _require(impl, _triton_fault(device, dtype))
 
 
 @torch.compiler.assume_constant_result
@@ -244,13 +244,17 @@ def _choose(impl: str, device: torch.device, dtype: torch.dtype, what: str) -> s
 def _choose_once(impl: str, device: torch.device, dtype: torch.dtype, what: str) -> str:
     """Cached, so each choice is logged once."""
     fault = _triton_fault(device, dtype)
+    _require(impl, fault)
+    chosen = impl if impl != "auto" else "torch" if fault or device.type == "cpu" else "triton"
+    log.info("%s kernel: %s (asked for: %s%s)", what, chosen, impl, f"; triton: {fault}" if fault else "")
+    return chosen
+
+
+def _require(impl: str, fault: str) -> None:
     if impl not in ("auto", "triton", "torch"):
         raise ValueError(f"impl={impl!r} must be auto, triton or torch")
     if impl == "triton" and fault:
         raise ValueError(f"impl='triton' cannot run: {fault}; auto takes what can")
-    chosen = impl if impl != "auto" else "torch" if fault or device.type == "cpu" else "triton"
-    log.info("%s kernel: %s (asked for: %s%s)", what, chosen, impl, f"; triton: {fault}" if fault else "")
-    return chosen
 
 
 def _triton_fault(device: torch.device, dtype: torch.dtype) -> str:
