@@ -31,7 +31,10 @@ def launch(
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = ["deepspeed", "--num_accelerators", str(world_size), "--master_port", str(port), str(script), *arguments]
-    return subprocess.run(command, cwd=cwd, env=environment(), capture_output=True, text=True, timeout=900)
+    result = subprocess.run(command, cwd=cwd, env=environment(), capture_output=True, text=True, timeout=900)
+    left = list(Path("/dev/shm").glob(f"deepspeed_*_{port}_*"))
+    assert not left, f"the run left shared memory behind: {left}"
+    return result
 
 
 def run_python(

@@ -57,6 +57,17 @@ def start_distributed(ranks: Ranks) -> None:
     if ranks.device.type == "cuda":
         torch.cuda.set_device(ranks.device)
     deepspeed.init_distributed(dist_backend="nccl" if ranks.device.type == "cuda" else "gloo", verbose=False)
+    _unlink_shared_memory(ranks)
+
+
+def _unlink_shared_memory(ranks: Ranks) -> None:
+    """DeepSpeed's CPU collectives create 66 MiB of shared memory a rank and never remove it. Unlinked once every rank
+    has it open, it goes with the processes, however they end.
+    """
+    torch.distributed.barrier()
+    address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+    name = f"deepspeed_allreduce_buffer_{os.getuid()}_{address}_{port}_{ranks.rank}"
+    Path("/dev/shm", name).unlink(missing_ok=True)
 
 
 def stop_distributed() -> None:
