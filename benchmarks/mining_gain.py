@@ -26,6 +26,7 @@ import sys
 import zipfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from modulefinder import ModuleFinder
 from pathlib import Path
 from typing import Any
 
@@ -129,10 +130,10 @@ def prepare(work: Path) -> dict[str, dict[str, float]]:
 
 
 def train_and_score(work: Path, arm: str, seed: int) -> Row:
-    """One run; a finished one on the same data, recipe and training code is not repeated."""
+    """One run; a finished one on the same store, recipe, task and code is not repeated."""
     out = work / f"run-{arm}-{seed}"
     scores, record = out / "scores.json", out / "made_of.txt"
-    made_of = digest([*sorted((work / arm).glob("*")), RECIPE, *sorted((REPOSITORY / "pipeline").rglob("*.py"))])
+    made_of = digest([work / f"store-{arm}" / "manifest.json", RECIPE, TASK, *own_code("train", "evaluate_embedder")])
     if not (scores.is_file() and record.is_file() and record.read_text() == made_of):
         shutil.rmtree(out, ignore_errors=True)
         with socket.socket() as probe:
@@ -149,11 +150,22 @@ def train_and_score(work: Path, arm: str, seed: int) -> Row:
     return {"arm": arm, "seed": seed, **found}
 
 
+def own_code(*entries: str) -> list[Path]:
+    """The files of this repository that these entries import, and their own."""
+    found: set[Path] = set()
+    for entry in entries:
+        finder = ModuleFinder(path=[str(REPOSITORY), str(REPOSITORY / "kernels")])
+        finder.run_script(str(REPOSITORY / f"pipeline/{entry}.py"))
+        found |= {Path(module.__file__) for module in finder.modules.values() if module.__file__}
+    return sorted(found)
+
+
 def digest(paths: Sequence[Path]) -> str:
-    """sha256 over the bytes of files."""
+    """sha256 over the bytes of files and of the files in folders. A store's manifest holds the checksums of the rest."""
     found = hashlib.sha256()
     for path in paths:
-        found.update(path.read_bytes())
+        for file in sorted(f for f in path.rglob("*") if f.is_file()) if path.is_dir() else [path]:
+            found.update(file.read_bytes())
     return found.hexdigest()
 
 
