@@ -161,7 +161,7 @@ def own_code(*entries: str) -> list[Path]:
 
 
 def digest(paths: Sequence[Path]) -> str:
-    """sha256 over the bytes of files and of the files in folders. A store's manifest holds the checksums of the rest."""
+    """sha256 over the bytes of files and of the files in folders, and a store's manifest holds checksums."""
     found = hashlib.sha256()
     for path in paths:
         for file in sorted(f for f in path.rglob("*") if f.is_file()) if path.is_dir() else [path]:

@@ -11,9 +11,13 @@ from typing import Any
 
 import yaml
 
+from pipeline.data.raw import RowRules, check_row, parse_line
+from pipeline.datatypes import RawRecord
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 SAMPLES = REPOSITORY / "examples/quickstart/data"
 
+_NO_RULES = RowRules()
 TYPES = {
     "retrieval": "normal",
     "entailment": "only_1neg",
@@ -21,6 +25,12 @@ TYPES = {
     "emotion": "symmetric_class",
     "topics": "symmetric_clustering",
 }
+
+
+def parse_row(line: bytes, rules: RowRules = _NO_RULES) -> RawRecord | str:
+    """A line of JSON as a valid row, or the reason why it is none."""
+    row = parse_line(line)
+    return row if isinstance(row, str) else check_row(row, rules, b"\\u" in line)
 
 
 def installed_file(package: str, suffix: str) -> Path:

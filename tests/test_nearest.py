@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from samples import parse_row
 
 from pipeline.data.building import build_store
-from pipeline.data.raw import parse_row
 from pipeline.data.store import open_store
 from pipeline.settings import load_settings
 

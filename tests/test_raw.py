@@ -5,9 +5,10 @@ import json
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from samples import parse_row
 
 from pipeline.data import raw
-from pipeline.data.raw import RowRules, check_row, parse_row, require_columns
+from pipeline.data.raw import RowRules, check_row, require_columns
 from pipeline.datatypes import RawRecord
 from pipeline.settings import ColumnSettings
 

@@ -1,8 +1,8 @@
 """Raw files of every format in blocks of rows.
 
 Blocks have a size of their own, whatever the number of processes, so everything made from them is the same on any
-machine. A block is a small description that any process can read, unless its file is a stream (`is_stream`): then one
-reader goes through the file in order and its blocks carry their rows with them.
+machine. A block is a small description that any process can read, unless its file is a stream (gzip, zstd, BEIR, hub):
+then one reader goes through the file in order and its blocks carry their rows with them.
 """
 
 import json
@@ -76,11 +76,6 @@ class RawRow(NamedTuple):
     values: dict[str, Any] | str | None  # or the reason why there are none; None: a blank line
     shown: Any  # what quarantine shows of it: a line, or the values
     escaped: bool  # JSON with \\u escapes
-
-
-def is_stream(file: RawFile) -> bool:
-    """Whether one reader must go through the file in order."""
-    return file.kind in ("gzip", "zstd", "beir", "hub")
 
 
 def file_state(path: Path) -> FileState:

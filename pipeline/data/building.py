@@ -126,12 +126,12 @@ def build_store(
         sources = with_checksums(found, {state.path: state for state in states})
         text_bytes = sum(_text_bytes(file) for source in sources for file in source.files)
         block_bytes = block_bytes or min(max(BLOCK_BYTES, text_bytes // _MAX_UNITS), _MAX_BLOCK_BYTES)
-        raw = raw_identity(sources, block_bytes, partition_bytes)
+        num_partitions = min(max(-(-text_bytes // partition_bytes), 1), _MAX_PARTITIONS)
+        raw = raw_identity(sources, block_bytes, num_partitions)
         if store.exists() and not is_empty(store):
             require_store(store)
         if not overwrite and store.exists() and not is_empty(store):
             return require_up_to_date(store, full_identity(raw, settings, sources, loading.result())), False
-        num_partitions = min(max(-(-text_bytes // partition_bytes), 1), _MAX_PARTITIONS)
         work = store.with_name(store.name + ".partial")
         with locked(work / "lock", f"another process is building in {work}; wait for it to end"):
             if not overwrite and store.exists() and not is_empty(store):

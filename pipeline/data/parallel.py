@@ -63,11 +63,9 @@ def serve_first_rank() -> bool:
     from mpi4py.futures import MPICommExecutor
 
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    try:
-        with MPICommExecutor(_communicator(), root=0):
-            pass
-    except KeyboardInterrupt:
-        _communicator().Abort(INTERRUPTED)  # the first rank would wait for this one's answer
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the first rank alone answers it
+    with MPICommExecutor(_communicator(), root=0):
+        pass
     return True
 
 

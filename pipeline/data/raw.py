@@ -27,12 +27,6 @@ class RowRules:
     columns: ColumnSettings = _OWN_NAMES
 
 
-def parse_row(line: bytes, rules: RowRules = RowRules()) -> RawRecord | str:
-    """A line of JSON as a valid row, or the reason why it is none."""
-    row = parse_line(line)
-    return row if isinstance(row, str) else check_row(row, rules, b"\\u" in line)
-
-
 def parse_line(line: bytes) -> dict[str, Any] | str:
     """A line as a JSON object, or the reason why it is none."""
     if len(line) > MAX_LINE_BYTES:

@@ -73,11 +73,11 @@ def with_checksums(sources: Sequence[Source], states: Mapping[str, FileState]) -
     return whole
 
 
-def raw_identity(sources: Sequence[Source], block_bytes: int, partition_bytes: int) -> dict[str, Any]:
+def raw_identity(sources: Sequence[Source], block_bytes: int, num_partitions: int) -> dict[str, Any]:
     """What decides every byte of the units: raw files and how their rows are read."""
     identity: dict[str, Any] = {
         "format": FORMAT_VERSION,
-        "layout": [block_bytes, partition_bytes],
+        "layout": [block_bytes, num_partitions],
         "datasets": [source.dataset.name for source in sources],
     }
     for source in sources:
