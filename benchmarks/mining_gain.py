@@ -114,6 +114,7 @@ def prepare(work: Path) -> dict[str, dict[str, float]]:
         str(RECIPE),
         "--processes",
         "2",
+        "--overwrite",  # of an earlier version of this code, say; training runs are kept by what the store holds
     ]
     run([*preprocess, f"data.root={given}", f"data.store={work}/store-given"])
     rows_of = {"given": raw, "random": {name: with_random_negatives(rows, 0) for name, rows in raw.items()}}
@@ -133,7 +134,7 @@ def train_and_score(work: Path, arm: str, seed: int) -> Row:
     """One run; a finished one on the same store, recipe, task and code is not repeated."""
     out = work / f"run-{arm}-{seed}"
     scores, record = out / "scores.json", out / "made_of.txt"
-    made_of = digest([work / f"store-{arm}" / "manifest.json", RECIPE, TASK, *own_code("train", "evaluate_embedder")])
+    made_of = digest([*store_files(work / f"store-{arm}"), RECIPE, TASK, *own_code("train", "evaluate_embedder")])
     if not (scores.is_file() and record.is_file() and record.read_text() == made_of):
         shutil.rmtree(out, ignore_errors=True)
         with socket.socket() as probe:
@@ -150,6 +151,11 @@ def train_and_score(work: Path, arm: str, seed: int) -> Row:
     return {"arm": arm, "seed": seed, **found}
 
 
+def store_files(store: Path) -> list[Path]:
+    """Texts and rows; the manifest also tells how they were made."""
+    return sorted(file for file in store.iterdir() if file.suffix in (".arrow", ".safetensors"))
+
+
 def own_code(*entries: str) -> list[Path]:
     """The files of this repository that these entries import, and their own."""
     found: set[Path] = set()
@@ -161,7 +167,7 @@ def own_code(*entries: str) -> list[Path]:
 
 
 def digest(paths: Sequence[Path]) -> str:
-    """sha256 over the bytes of files and of the files in folders, and a store's manifest holds checksums."""
+    """sha256 over the bytes of files and of the files in folders."""
     found = hashlib.sha256()
     for path in paths:
         for file in sorted(f for f in path.rglob("*") if f.is_file()) if path.is_dir() else [path]:

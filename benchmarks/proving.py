@@ -14,6 +14,8 @@ Row = dict[str, Any]
 
 
 def row(claim: str, target: str, measured: str, holds: bool | None) -> Row:
+    # Said at once: a proof that takes an hour may be ended before its table is printed.
+    print(f"  {claim} | {target} | {measured} | {holds}", flush=True)
     return {"claim": claim, "target": target, "measured": measured, "holds": holds}
 
 
