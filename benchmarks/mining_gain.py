@@ -74,7 +74,7 @@ def mine(embedder: str, name: str, work: Path, store: Path) -> Path:
     out = work / f"mined-{name}"
     datasets = [word for one in SETS for word in ("--dataset", one)]
     arguments = ["--config", str(RECIPE), f"data.store={store}", "--embedder", embedder, "--out", str(out), *datasets]
-    arguments += ["--num-negatives", str(NEGATIVES)]
+    arguments += ["--num-negatives", str(NEGATIVES), "--overwrite"]
     run([sys.executable, str(REPOSITORY / "pipeline/mine_negatives.py"), *arguments])
     return out
 
