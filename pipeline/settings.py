@@ -175,6 +175,7 @@ class RunSettings:
     seed: int = 0
     deepspeed: str = _path()  # one of ds_configs/*.json
     chunk_tokens: int = 16384  # token budget of one forward pass of one rank: sets peak activation memory
+    keep_graphs: int = 1  # chunks that keep their first pass's graph: saves a second pass, takes memory; ZeRO-3: 1
     save_every: int = 100
     keep_last: int = 2
     tracker: Literal["none", "tensorboard", "wandb"] = "none"
@@ -414,6 +415,7 @@ def _require_positive(s: Settings) -> None:
         "optim.lr": s.optim.lr,
         "optim.clip_norm": s.optim.clip_norm,
         "optim.epochs": s.optim.epochs,
+        "run.keep_graphs": s.run.keep_graphs,
         "run.save_every": s.run.save_every,
         "run.keep_last": s.run.keep_last,
         "model.lora.rank": s.model.lora.rank,

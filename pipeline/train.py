@@ -32,8 +32,8 @@ from pipeline.runtime.checkpoint import TrainState, find_checkpoint, load_checkp
 from pipeline.runtime.engine import (
     build_engine,
     one_reduction,
-    read_deepspeed_json,
     read_state,
+    require_keepable,
     start_distributed,
     stop_distributed,
     take_step,
@@ -65,7 +65,8 @@ def run(settings: Settings, ranks: Ranks) -> None:
     limits = Limits.from_settings(settings.preprocess)
     if out.exists() and not out.is_dir():
         raise ValueError(f"run.output_dir={out} is a file; name a folder")
-    read_deepspeed_json(settings.run.deepspeed)  # a wrong one should not be found after the model is loaded
+    # A wrong JSON should not be found after the model is loaded.
+    require_keepable(settings.run.deepspeed, settings.run.keep_graphs)
 
     # Data: refuse a store that this recipe did not make, or that is damaged (each rank reads its share of the shards).
     store = open_store(settings.data.store, verify=False)

@@ -7,6 +7,7 @@ deepspeed ... gradient_worker.py steps RECIPE OUT STAGES    weights after three 
 """
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -105,7 +106,8 @@ def run_engine(settings: Settings, recipe: str, out: str, stages: str) -> None:
 
     ranks, store, limits, plans = start_rank(settings)
     gradients = {}
-    for stage in stages.split(","):
+    for stage in stages.split(","):  # 2keep: stage 2 with several live graphs
+        run = replace(settings.run, keep_graphs=3 if stage.endswith("keep") else 1)
         encoder = build_encoder(settings, store.manifest.tokens)
         config = Path(recipe).parent / f"zero{stage[0]}.json"
         engine = build_engine(encoder, settings.optim, settings.model.dtype, config, ranks)
@@ -115,7 +117,7 @@ def run_engine(settings: Settings, recipe: str, out: str, stages: str) -> None:
             for budget, chunk_tokens in CHUNK_TOKENS.items():
                 budget_of_rank = chunk_tokens // ranks.world_size if budget == "few" else chunk_tokens
                 inputs = prepare_step(store, limits, plan, ranks, budget_of_rank)
-                result = run_step(engine, inputs, settings, ranks)
+                result = run_step(engine, inputs, replace(settings, run=run), ranks)
                 key = f"{stage}|{budget}|{plan.task_type}"
                 gradients[f"{key}|loss"] = torch.tensor([result.loss])
                 gradients[f"{key}|chunks"] = torch.tensor([inputs.num_chunks])

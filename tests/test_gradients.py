@@ -30,14 +30,17 @@ def reference(recipe, tmp_path_factory):
     return load_file(out)
 
 
+STAGES = "0,1,2,3,0keep,1keep,2keep"  # keep: the graphs of three chunks alive, one pass less for each
+
+
 def relative_error(value: torch.Tensor, truth: torch.Tensor) -> float:
     return float((value.double() - truth.double()).norm() / truth.double().norm())
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_every_zero_stage_and_chunk_count_gives_the_reference_gradient(world_size, recipe, reference, tmp_path):
     out = tmp_path / "gradients.safetensors"
-    require_success(launch(WORKER, ["engine", str(recipe), str(out), "0,1,2,3"], world_size))
+    require_success(launch(WORKER, ["engine", str(recipe), str(out), STAGES], world_size))
     gradients = load_file(out)
     names = {key.split("|", 1)[1] for key in reference}
     assert any("marker_rows" in name for name in names) and any("lora_A" in name for name in names)
@@ -50,8 +53,9 @@ def test_every_zero_stage_and_chunk_count_gives_the_reference_gradient(world_siz
         error = relative_error(value, reference[f"{task_type}|{name}"])
         assert error <= 1e-5, f"{key}: relative error {error:.1e}"
         compared += 1
-    assert compared == 4 * 3 * len(reference)
-    assert len(chunk_counts) == 5 and all(len(counts) >= 3 for counts in chunk_counts.values()), chunk_counts
+    assert compared == len(STAGES.split(",")) * 3 * len(reference)
+    wanted = 3 if world_size < 3 else 2  # a third of so small a batch has no more
+    assert len(chunk_counts) == 5 and all(len(counts) >= wanted for counts in chunk_counts.values()), chunk_counts
     assert all(1 in counts for counts in chunk_counts.values())
 
 

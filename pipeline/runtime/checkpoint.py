@@ -33,6 +33,7 @@ MAY_CHANGE = (
     "run.output_dir",
     "run.deepspeed",
     "run.chunk_tokens",
+    "run.keep_graphs",
     "run.save_every",
     "run.keep_last",
     "run.tracker",

@@ -38,7 +38,7 @@ class StepMetrics:
     tokens_per_second: float
     memory_gib: float  # peak on this rank: allocator on GPU, resident set on CPU
     chunks: int  # per rank
-    passes: int  # forward passes over each chunk
+    passes: int  # forward passes of a rank: one a chunk, and another for each chunk whose graph was not kept
     examples_per_query: float
     examples_dropped: int
     passages: int
@@ -80,7 +80,7 @@ def step_line(m: StepMetrics, total_steps: int, seconds_left: float) -> str:
     return (
         f"step {m.step + 1}/{total_steps} | {m.dataset} | loss {m.loss:.4f} | grad {m.grad_norm:.2f}"
         f"{' clipped' if m.clipped else ''} | lr {m.lr:.2e} | {m.queries_per_second:.1f} q/s | "
-        f"{m.tokens_per_second:,.0f} tok/s | mem {m.memory_gib:.2f} GiB | {m.chunks} chunks x {m.passes} | "
+        f"{m.tokens_per_second:,.0f} tok/s | mem {m.memory_gib:.2f} GiB | {m.chunks} chunks, {m.passes} passes | "
         f"{m.examples_per_query:.1f} examples/q | {m.seconds:.2f} s | "
         f"eta {minutes // 60}h{minutes % 60:02d}m{seconds:02d}s"
     )

@@ -37,7 +37,7 @@ class StepInputs:
 
 @dataclass(frozen=True)
 class StepResult:
-    """loss: mean over all rows of the step. num_passes: forward passes made over each chunk."""
+    """loss: mean over all rows of the step. num_passes: forward passes of one rank over all its chunks."""
 
     loss: float
     num_passes: int
@@ -130,6 +130,7 @@ def run_step(engine: Any, inputs: StepInputs, settings: Settings, ranks: Ranks) 
         ]
         return sum_over_ranks(share.detach(), ranks), gradients
 
+    assert settings.run.keep_graphs == 1 or engine.zero_optimization_stage() < 3, "require_keepable comes first"
     with one_reduction(engine) as backward:
         result = two_pass_step(
             inputs.chunks,
@@ -137,6 +138,7 @@ def run_step(engine: Any, inputs: StepInputs, settings: Settings, ranks: Ranks) 
             lambda chunk: encode_chunk(engine, chunk, ranks.device),
             embedding_gradients,
             backward,
+            settings.run.keep_graphs,
         )
     return StepResult(float(result.loss), result.num_passes)
 
