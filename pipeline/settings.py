@@ -176,8 +176,9 @@ class RunSettings:
     deepspeed: str = _path()  # one of ds_configs/*.json
     chunk_tokens: int = 16384  # token budget of one forward pass of one rank: sets peak activation memory
     keep_graphs: int = 1  # chunks that keep their first pass's graph: saves a second pass, takes memory; ZeRO-3: 1
-    save_every: int = 100
+    save_every: int = 100  # steps
     keep_last: int = 2
+    max_stall_seconds: float = 1800.0  # a rank that stands still for longer ends the run, naming whom it waits for
     tracker: Literal["none", "tensorboard", "wandb"] = "none"
 
 
@@ -271,6 +272,18 @@ def _merge_file(settings: Settings, tree: dict[str, Any], recipe: Path) -> Setti
 def dump_settings(settings: Settings) -> str:
     """The tree as YAML that `load_settings` reads back to an equal tree (paths are absolute by then)."""
     return yaml.safe_dump(_plain(dataclasses.asdict(settings)), sort_keys=False, allow_unicode=True)
+
+
+def flatten(settings: Settings) -> dict[str, Any]:
+    """Dotted name of every setting -> its value."""
+
+    def walk(tree: dict[str, Any], prefix: str) -> dict[str, Any]:
+        flat: dict[str, Any] = {}
+        for key, value in tree.items():
+            flat |= walk(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        return flat
+
+    return walk(dataclasses.asdict(settings), "")
 
 
 def _plain(value: Any) -> Any:
@@ -418,6 +431,7 @@ def _require_positive(s: Settings) -> None:
         "run.keep_graphs": s.run.keep_graphs,
         "run.save_every": s.run.save_every,
         "run.keep_last": s.run.keep_last,
+        "run.max_stall_seconds": s.run.max_stall_seconds,
         "model.lora.rank": s.model.lora.rank,
         "model.lora.alpha": s.model.lora.alpha,
         "preprocess.max_query_tokens": s.preprocess.max_query_tokens,

@@ -6,10 +6,11 @@ checkpoint.
 """
 
 import argparse
+import contextlib
 import dataclasses
-import hashlib
 import logging
 import math
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -20,18 +21,17 @@ import numpy as np
 import torch
 
 from pipeline.data.composing import Limits
-from pipeline.data.sampling import check_world_size, make_schedule, plan_step, share_saved
-from pipeline.data.store import open_store, require_match, verify_shards
+from pipeline.data.sampling import Schedule, check_world_size, make_schedule, plan_step
+from pipeline.data.store import TokenStore, open_store, require_match, verify_shards
 from pipeline.data.tokenizing import load_tokenizer
-from pipeline.datatypes import BatchPlan, PackedChunk
-from pipeline.files import write_text
+from pipeline.files import file_sha256, locked, write_text
 from pipeline.inference.saving import save_model
 from pipeline.model.encoder import add_lora, load_encoder, require_rows
 from pipeline.prompts import get_template
 from pipeline.runtime.checkpoint import TrainState, find_checkpoint, load_checkpoint, save_checkpoint
 from pipeline.runtime.engine import (
     build_engine,
-    one_reduction,
+    discard_gradients,
     read_state,
     require_keepable,
     start_distributed,
@@ -39,48 +39,71 @@ from pipeline.runtime.engine import (
     take_step,
     write_state,
 )
+from pipeline.runtime.guards import code_versions, digest_plan, is_spike, require_alike, too_late
 from pipeline.runtime.ranks import Ranks, from_first, read_ranks, share_cores, together
 from pipeline.runtime.runlog import (
-    StepMetrics,
     append_metrics,
     open_tracker,
-    peak_memory_gib,
     plot_losses,
     require_tracker,
     set_up_logging,
     start_metrics,
     step_line,
+    step_metrics,
 )
-from pipeline.runtime.step import StepInputs, StepResult, encode_chunk, prepare_step, run_step
-from pipeline.settings import OptimSettings, Settings, dump_settings, load_settings
+from pipeline.runtime.step import make_optimizer_state, prepare_step, run_step
+from pipeline.runtime.watch import (
+    LOST,
+    NOT_FINITE,
+    STOPPED,
+    StopRequested,
+    Watch,
+    is_lost_peer,
+    mark,
+    start_watch,
+    stop_watching_signals,
+    who_is_behind,
+)
+from pipeline.settings import OptimSettings, Settings, dump_settings, flatten, load_settings
 
 log = logging.getLogger("train")
 
+STOPPED_AT = "stopped_at"  # in the run folder: the steps done by a run that was asked to stop
+MAX_BAD_STEPS = 3
 REMEDY = "lower optim.lr or lengthen optim.warmup_steps, and look at the rows with pipeline/plan_run.py --step"
 
 
-def run(settings: Settings, ranks: Ranks) -> None:
-    """The whole run on one rank; user errors are ValueErrors."""
+def run(settings: Settings, ranks: Ranks, watch: Watch) -> None:
+    """The whole run on one rank; user errors are ValueErrors.
+
+    Raises:
+        StopRequested: someone asked for it, or the job's time ends; what is done is saved.
+        FloatingPointError: several steps in a row were not finite.
+    """
     out = Path(settings.run.output_dir)
-    limits = Limits.from_settings(settings.preprocess)
     if out.exists() and not out.is_dir():
         raise ValueError(f"run.output_dir={out} is a file; name a folder")
     # A wrong JSON should not be found after the model is loaded.
     require_keepable(settings.run.deepspeed, settings.run.keep_graphs)
+    require_alike(code_versions() | {f"setting {k}": repr(v) for k, v in flatten(settings).items()}, ranks)
 
     # Data: refuse a store that this recipe did not make, or that is damaged (each rank reads its share of the shards).
+    mark(watch, "the check of the token store")
     store = open_store(settings.data.store, verify=False)
     together(lambda: verify_shards(settings.data.store, ranks.rank, ranks.world_size), ranks)
     tokenizer = load_tokenizer(settings.tokenizer_name, get_template(settings.preprocess.template))
+    manifest_hash = file_sha256(Path(settings.data.store) / "manifest.json")
+    require_alike({"token store": manifest_hash, "tokenizer": tokenizer.fingerprint}, ranks)
     require_match(store, settings, tokenizer.fingerprint)
     schedule = make_schedule(store, settings)
     check_world_size(schedule, ranks.world_size)
+    require_alike({"first plan": digest_plan(plan_step(store, schedule, 0))}, ranks)
     require_tracker(settings.run.tracker)
     total_steps = settings.optim.max_steps or math.ceil(settings.optim.epochs * schedule.steps_per_epoch)
-    manifest_hash = hashlib.sha256((Path(settings.data.store) / "manifest.json").read_bytes()).hexdigest()
     log.info("store %s: %d datasets, %d steps", settings.data.store, len(store.datasets), total_steps)
 
     # Model: the frozen base, fresh adapters (the same on every rank), and the engine around them.
+    mark(watch, "the loading of the model")
     prompt_tokens = tokenizer.tokens
     encoder = load_encoder(settings.model, prompt_tokens.marker_ids, prompt_tokens.marker_subtokens, ranks.device.type)
     require_rows(encoder, tokenizer.largest_id)
@@ -90,102 +113,125 @@ def run(settings: Settings, ranks: Ranks) -> None:
     engine = build_engine(encoder, settings.optim, settings.model.dtype, settings.run.deepspeed, ranks)
     log.info("%s, ZeRO-%d, %d ranks", describe(encoder), engine.zero_optimization_stage(), ranks.world_size)
 
-    # Resume: nothing to ask for, the newest complete checkpoint is taken.
+    # One writer a run folder; the lock goes with this process, however it ends.
+    with contextlib.ExitStack() as held:
+        busy = f"another run writes to {out}; wait for it, or name another run.output_dir"
+        together(lambda: held.enter_context(locked(out / "lock", busy)) if ranks.is_first else None, ranks)
+        state = resume(engine, out, settings, manifest_hash, ranks, watch)
+        state = train_steps(engine, store, schedule, state, total_steps, settings, manifest_hash, ranks, watch)
+        mark(watch, "writing the model")
+        trainable = read_state(engine)
+        if ranks.is_first:
+            save_model(out / "model", encoder, trainable, tokenizer, settings, store)
+            plot_losses(out / "metrics.jsonl", out / "loss.png")
+            tokens, without = f"{state.tokens_seen:,}", state.step - state.updates
+            log.info("done: %d steps (%d without an update), %s tokens", state.step, without, tokens)
+            log.info("model in %s", out / "model")
+
+
+def resume(engine: Any, out: Path, settings: Settings, manifest_hash: str, ranks: Ranks, watch: Watch) -> TrainState:
+    """Where the run stands: nothing to ask for, the newest complete checkpoint is taken."""
+    mark(watch, "the search for a checkpoint")
     state = TrainState(seed=settings.run.seed)
     found = together(lambda: find_checkpoint(out / "checkpoints") if ranks.is_first else None, ranks)
     checkpoint = from_first(found, ranks)
     if checkpoint is not None:
         state, trainable = together(lambda: load_checkpoint(checkpoint, settings, manifest_hash), ranks)
         make_optimizer_state(engine, ranks)
-        write_state(engine, trainable, state.step, ranks)
-        log.info("resumed from %s: step %d of %d", checkpoint, state.step, total_steps)
+        write_state(engine, trainable, state.updates, ranks)
+        log.info("resumed from %s: %d steps are done", checkpoint, state.step)
     if ranks.is_first:
-        out.mkdir(parents=True, exist_ok=True)
+        (out / STOPPED_AT).unlink(missing_ok=True)
         write_text(out / "settings.yaml", dump_settings(settings))
         start_metrics(out / "metrics.jsonl", state.step)
-    track = open_tracker(settings.run.tracker if ranks.is_first else "none", out, dataclasses.asdict(settings))
+    return state
 
+
+def train_steps(
+    engine: Any,
+    store: TokenStore,
+    schedule: Schedule,
+    state: TrainState,
+    total_steps: int,
+    settings: Settings,
+    manifest_hash: str,
+    ranks: Ranks,
+    watch: Watch,
+) -> TrainState:
+    """All steps from `state` to the last, with a checkpoint now and then; raises what `run` raises."""
+    out, limits = Path(settings.run.output_dir), Limits.from_settings(settings.preprocess)
+    track = open_tracker(settings.run.tracker if ranks.is_first else "none", out, dataclasses.asdict(settings))
+    saved_step, save_seconds, bad_in_a_row = state.step, 0.0, 0
     recent: list[float] = []
+    losses: dict[int, list[float]] = {}  # the last ones of each dataset
     while state.step < total_steps:
         started = time.perf_counter()
+        if ranks.is_first and (hurry := too_late(recent, save_seconds)):
+            watch.asked = hurry
         lr = learning_rate(settings.optim, state.step, total_steps)
         plan = plan_step(store, schedule, state.step)
         inputs = prepare_step(store, limits, plan, ranks, settings.run.chunk_tokens)
-        result = run_step(engine, inputs, settings, ranks)
-        where = f"step {state.step} (dataset {store.datasets[plan.dataset].name}, rows {plan.row_B[:8].tolist()}...)"
-        if not math.isfinite(result.loss):
-            raise FloatingPointError(f"loss is {result.loss} at {where}; no optimizer step was taken; {REMEDY}")
-        norm = take_step(engine, lr)
-        if not math.isfinite(norm):
-            raise FloatingPointError(f"gradient norm is {norm} at {where}; the last checkpoint is older; {REMEDY}")
+        try:
+            result = run_step(engine, inputs, settings, ranks, watch)
+        except StopRequested as stop:
+            # Weights do not change inside a step: those after the last one are saved, and this one is done again.
+            if saved_step < state.step:
+                save(engine, out, state, settings, manifest_hash, ranks, watch)
+            if ranks.is_first:
+                write_text(out / STOPPED_AT, f"{state.step}\n")
+            raise StopRequested(f"{stop}; {state.step} of {total_steps} steps are done and saved") from None
+        dataset = store.datasets[plan.dataset].name
+        where = f"step {state.step} (dataset {dataset}, rows {plan.row_B[:8].tolist()}...)"
+        if result.fault or not math.isfinite(result.loss):
+            bad_in_a_row, norm = bad_in_a_row + 1, math.nan
+            discard_gradients(engine)
+            fault = f"loss is {result.loss} at {where}, not finite: {result.fault or 'the loss alone'}"
+            if bad_in_a_row == MAX_BAD_STEPS:
+                raise FloatingPointError(f"{fault}; {bad_in_a_row} steps in a row were like that; {REMEDY}")
+            log.warning("%s; no rank takes this step", fault)
+        else:
+            bad_in_a_row, norm = 0, take_step(engine, lr)
+            if not math.isfinite(norm):
+                raise FloatingPointError(f"gradient norm is {norm} at {where}; the last checkpoint is older; {REMEDY}")
         seconds = time.perf_counter() - started
         state = TrainState(
             step=state.step + 1,
+            updates=state.updates + (not bad_in_a_row),
             seed=state.seed,
             tokens_seen=state.tokens_seen + inputs.num_tokens,
             queries_seen=state.queries_seen + plan.num_queries,
         )
 
         if ranks.is_first:
-            dataset = store.datasets[plan.dataset].name
+            if is_spike(losses.setdefault(plan.dataset, []), result.loss):
+                log.warning("loss %.4f is more than 3 times what it was lately: %s", result.loss, where)
             metrics = step_metrics(plan, dataset, inputs, result, norm, lr, seconds, settings.optim.clip_norm, ranks)
             # The first steps are slow (allocation, compilation): the estimate forgets them.
             recent = [*recent[-19:], seconds]
-            left = float(np.median(recent)) * (total_steps - state.step)
-            log.info(step_line(metrics, total_steps, left))
+            log.info(step_line(metrics, total_steps, float(np.median(recent)) * (total_steps - state.step)))
             append_metrics(out / "metrics.jsonl", metrics)
             track(dataclasses.asdict(metrics))
 
         if state.step % settings.run.save_every == 0 or state.step == total_steps:
-            trainable = read_state(engine)
-            if ranks.is_first:
-                folder = out / "checkpoints"
-                saved = save_checkpoint(folder, state, trainable, settings, manifest_hash, settings.run.keep_last)
-                log.info("saved %s", saved)
+            save_seconds, saved_step = save(engine, out, state, settings, manifest_hash, ranks, watch), state.step
+    return state
 
+
+def save(
+    engine: Any, out: Path, state: TrainState, settings: Settings, manifest_hash: str, ranks: Ranks, watch: Watch
+) -> float:
+    """Write a checkpoint; returns the seconds. All ranks wait for it: a full disk then ends the run on all of them."""
+    started = time.perf_counter()
+    mark(watch, f"saving after {state.step} steps")
     trainable = read_state(engine)
-    if ranks.is_first:
-        save_model(out / "model", encoder, trainable, tokenizer, settings, store)
-        plot_losses(out / "metrics.jsonl", out / "loss.png")
-        log.info("done: %d steps, %s tokens; model in %s", state.step, f"{state.tokens_seen:,}", out / "model")
 
+    def write() -> Path | None:
+        if not ranks.is_first:
+            return None
+        return save_checkpoint(out / "checkpoints", state, trainable, settings, manifest_hash, settings.run.keep_last)
 
-def step_metrics(
-    plan: BatchPlan,
-    dataset: str,
-    inputs: StepInputs,
-    result: StepResult,
-    norm: float,
-    lr: float,
-    seconds: float,
-    clip_norm: float,
-    ranks: Ranks,
-) -> StepMetrics:
-    """One line of metrics.jsonl."""
-    return StepMetrics(
-        step=plan.step,
-        epoch=plan.epoch,
-        dataset=dataset,
-        loss=result.loss,
-        grad_norm=norm,
-        lr=lr,
-        seconds=seconds,
-        queries=plan.num_queries,
-        queries_per_second=plan.num_queries / seconds,
-        tokens=inputs.num_tokens,
-        tokens_per_second=inputs.num_tokens / seconds,
-        memory_gib=peak_memory_gib(ranks.device),
-        chunks=inputs.num_chunks,
-        passes=result.num_passes,
-        examples_per_query=len(plan.example_row_E) / plan.num_queries,
-        examples_dropped=plan.num_examples_dropped,
-        passages=plan.num_passages,
-        passages_saved=share_saved(plan),
-        examples_missing=plan.num_examples_missing,
-        negatives_repeated=plan.num_candidates_repeated,
-        rows_revisited=plan.num_rows_revisited,
-        clipped=norm > clip_norm,
-    )
+    log.info("saved %s", together(write, ranks))
+    return time.perf_counter() - started
 
 
 def learning_rate(optim: OptimSettings, step: int, total_steps: int) -> float:
@@ -196,16 +242,6 @@ def learning_rate(optim: OptimSettings, step: int, total_steps: int) -> float:
     if optim.schedule == "cosine":
         return optim.lr * 0.5 * (1 + math.cos(math.pi * progress))
     return optim.lr * (1 - progress)
-
-
-def make_optimizer_state(engine: Any, ranks: Ranks) -> None:
-    """One optimizer step that changes nothing to keep: it makes the moments exist, so that they can be set."""
-    one_token = np.zeros(1, dtype=np.int64)
-    dummy = PackedChunk(one_token, one_token, np.array([0, 1], dtype=np.int32), one_token - 1, 1)
-    with one_reduction(engine) as backward:
-        embeddings_SD = encode_chunk(engine, dummy, ranks.device)
-        backward(embeddings_SD, torch.zeros_like(embeddings_SD), True)
-    take_step(engine, 0.0)
 
 
 def describe(encoder: torch.nn.Module) -> str:
@@ -244,18 +280,36 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     set_up_logging(ranks)
+    watch, code = None, 0
     try:
         settings = load_settings(arguments.config, arguments.overrides)
         share_cores(ranks)
         start_distributed(ranks)
-        run(settings, ranks)
-    except (ValueError, OSError, FloatingPointError) as error:
-        # A user's fault shows on every rank alike; the others give the first one time to say it once.
-        time.sleep(0 if ranks.is_first else 3)
-        print(f"{'' if ranks.is_first else f'[rank {ranks.rank}] '}error: {error}", file=sys.stderr, flush=True)
-        return 2
+        watch = start_watch(ranks, settings.run.max_stall_seconds)
+        run(settings, ranks, watch)
+    except StopRequested as stop:
+        log.info("stopped by %s; the same command goes on from there", stop)
+        code = STOPPED
+    except FloatingPointError as error:
+        code = report(error, ranks, NOT_FINITE)
+    except (ValueError, OSError) as error:
+        return report(error, ranks, 2)
+    except RuntimeError as error:
+        if watch is None or not is_lost_peer(error):
+            raise
+        where = f"{watch.place}; {who_is_behind(watch)}"
+        print(f"error: rank {ranks.rank} lost another rank at {where}; the same command goes on", file=sys.stderr)
+        os._exit(LOST)  # the process group cannot be left in order any more
     stop_distributed()
-    return 0
+    return code
+
+
+def report(error: Exception, ranks: Ranks, code: int) -> int:
+    """Say what is wrong; a user's fault shows on every rank alike, so the others give the first one time to say it."""
+    stop_watching_signals()
+    time.sleep(0 if ranks.is_first else 3)
+    print(f"{'' if ranks.is_first else f'[rank {ranks.rank}] '}error: {error}", file=sys.stderr, flush=True)
+    return code
 
 
 if __name__ == "__main__":

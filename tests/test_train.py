@@ -16,6 +16,7 @@ from pipeline.runtime.checkpoint import TrainState, find_checkpoint, save_checkp
 from pipeline.runtime.engine import read_deepspeed_json
 from pipeline.runtime.ranks import read_ranks
 from pipeline.runtime.runlog import require_tracker
+from pipeline.runtime.watch import NOT_FINITE
 from pipeline.settings import OptimSettings, load_settings
 from pipeline.train import learning_rate
 
@@ -74,7 +75,7 @@ def test_resume_on_the_same_ranks_is_bit_for_bit(recipe, whole_run, tmp_path):
     out = cut_back(whole_run[0], tmp_path / "cut")
     result = train(recipe, out)
     require_success(result)
-    assert "resumed from" in result.stdout and "step 3 of 6" in result.stdout
+    assert "step-000003: 3 steps are done" in result.stdout
     assert losses(out) == losses(whole_run[0])
     for name in ("weights.safetensors", "moments.safetensors"):
         resumed = load_file(out / "checkpoints" / "step-000006" / name)
@@ -105,7 +106,7 @@ def test_damaged_newest_checkpoint_is_named_and_the_one_before_taken(recipe, who
     weights.write_bytes(weights.read_bytes()[:-100])
     result = train(recipe, out)
     require_success(result)
-    assert "step-000006 is damaged" in result.stdout and "step 3 of 6" in result.stdout
+    assert "step-000006 is damaged" in result.stdout and "step-000003: 3 steps are done" in result.stdout
     assert losses(out) == losses(whole_run[0])
 
 
@@ -166,7 +167,9 @@ def test_bad_input_under_the_launcher_is_said_once(recipe, tmp_path):
 def test_a_loss_that_is_not_finite_ends_the_run_with_the_batch_and_a_remedy(recipe, tmp_path):
     result = run_python(TRAIN, ["--config", str(recipe), *COMMON, f"run.output_dir={tmp_path}", "optim.lr=1.0e+36"])
     error = one_error(result)
-    assert "loss is nan at step 1 (dataset " in error and "lower optim.lr" in error
+    assert result.returncode == NOT_FINITE and "loss is nan at step 3 (dataset " in error and "lower optim.lr" in error
+    taken = [json.loads(line)["skipped"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert taken == [False, True, True], "the third bad step in a row ends the run"
 
 
 def test_deepspeed_json_may_not_set_what_the_recipe_owns(tmp_path):

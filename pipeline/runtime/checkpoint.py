@@ -16,14 +16,13 @@ import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pipeline.files import file_sha256, sync
 from pipeline.runtime.engine import MOMENTS
-from pipeline.settings import Settings, dump_settings, load_settings
+from pipeline.settings import Settings, dump_settings, flatten, load_settings
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +35,7 @@ MAY_CHANGE = (
     "run.keep_graphs",
     "run.save_every",
     "run.keep_last",
+    "run.max_stall_seconds",
     "run.tracker",
     "data.root",
     "data.store",
@@ -47,9 +47,12 @@ MAY_CHANGE = (
 
 @dataclass(frozen=True)
 class TrainState:
-    """Where a run stands: `step` steps are done, so the next one is number `step`."""
+    """Where a run stands: `step` steps are done, so the next one is number `step`. `updates` of them moved the weights;
+    the others had a loss or gradient that is not finite.
+    """
 
     step: int = 0
+    updates: int = 0
     seed: int = 0
     tokens_seen: int = 0
     queries_seen: int = 0
@@ -123,14 +126,16 @@ def load_checkpoint(
             f"{checkpoint} was trained on another token store (manifest {record['manifest_sha256'][:12]}, now "
             f"{manifest_hash[:12]}); restore data.store, or {remedy}"
         )
-    saved = _flatten(dataclasses.asdict(load_settings(checkpoint / "settings.yaml")))
+    saved = flatten(load_settings(checkpoint / "settings.yaml"))
     # Dropout draws go by chunk: with dropout another budget is another run.
     may_change = set(MAY_CHANGE) - ({"run.chunk_tokens"} if settings.model.lora.dropout else set())
-    for key, value in _flatten(dataclasses.asdict(settings)).items():
+    for key, value in flatten(settings).items():
         if key not in may_change and saved.get(key) != value:
             raise ValueError(
                 f"{checkpoint} was saved with {key}={saved.get(key)!r}, now {value!r}; undo that, or {remedy}"
             )
+    if record["state"].keys() != {f.name for f in dataclasses.fields(TrainState)}:
+        raise ValueError(f"{checkpoint} was saved by another version of this code; go on with that one, or {remedy}")
     weights, moments = load_file(checkpoint / FILES[0]), load_file(checkpoint / FILES[1])
     trainable = {
         name: {"weight": weight} | {key: moments[f"{name}/{key}"] for key in MOMENTS}
@@ -146,10 +151,3 @@ def _checkpoints(folder: Path) -> list[Path]:
 
 def _step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step-"))
-
-
-def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat

@@ -198,6 +198,12 @@ def take_step(engine: deepspeed.DeepSpeedEngine, lr: float) -> float:
     return float(norm if norm is not None else engine.get_global_grad_norm())
 
 
+def discard_gradients(engine: deepspeed.DeepSpeedEngine) -> None:
+    """Forget the gradient of this step: weights, moments and step count stay as they are."""
+    engine.optimizer.zero_grad()
+    engine.zero_grad()
+
+
 def read_state(engine: deepspeed.DeepSpeedEngine) -> dict[str, dict[str, Tensor]]:
     """What a checkpoint needs, whole and on CPU: name -> {"weight": fp32 master, "exp_avg": ..., "exp_avg_sq": ...}.
 

@@ -4,6 +4,7 @@ import hashlib
 import importlib.util
 import json
 import logging
+import math
 import resource
 import sys
 import warnings
@@ -15,8 +16,11 @@ from typing import Any
 import torch
 import transformers
 
+from pipeline.data.sampling import share_saved
+from pipeline.datatypes import BatchPlan
 from pipeline.files import write_text
 from pipeline.runtime.ranks import Ranks
+from pipeline.runtime.step import StepInputs, StepResult
 
 Track = Callable[[dict[str, Any]], None]
 
@@ -47,6 +51,46 @@ class StepMetrics:
     negatives_repeated: int  # to fill groups, where the recipe asks for it
     rows_revisited: int
     clipped: bool
+    skipped: bool  # loss or gradient was not finite: the weights did not move
+
+
+def step_metrics(
+    plan: BatchPlan,
+    dataset: str,
+    inputs: StepInputs,
+    result: StepResult,
+    norm: float,
+    lr: float,
+    seconds: float,
+    clip_norm: float,
+    ranks: Ranks,
+) -> StepMetrics:
+    """One line of metrics.jsonl."""
+    return StepMetrics(
+        step=plan.step,
+        epoch=plan.epoch,
+        dataset=dataset,
+        loss=result.loss,
+        grad_norm=norm,
+        lr=lr,
+        seconds=seconds,
+        queries=plan.num_queries,
+        queries_per_second=plan.num_queries / seconds,
+        tokens=inputs.num_tokens,
+        tokens_per_second=inputs.num_tokens / seconds,
+        memory_gib=peak_memory_gib(ranks.device),
+        chunks=inputs.num_chunks,
+        passes=result.num_passes,
+        examples_per_query=len(plan.example_row_E) / plan.num_queries,
+        examples_dropped=plan.num_examples_dropped,
+        passages=plan.num_passages,
+        passages_saved=share_saved(plan),
+        examples_missing=plan.num_examples_missing,
+        negatives_repeated=plan.num_candidates_repeated,
+        rows_revisited=plan.num_rows_revisited,
+        clipped=norm > clip_norm,
+        skipped=math.isnan(norm),
+    )
 
 
 def set_up_logging(ranks: Ranks) -> None:
@@ -79,8 +123,9 @@ def step_line(m: StepMetrics, total_steps: int, seconds_left: float) -> str:
     minutes, seconds = divmod(int(seconds_left), 60)
     return (
         f"step {m.step + 1}/{total_steps} | {m.dataset} | loss {m.loss:.4f} | grad {m.grad_norm:.2f}"
-        f"{' clipped' if m.clipped else ''} | lr {m.lr:.2e} | {m.queries_per_second:.1f} q/s | "
-        f"{m.tokens_per_second:,.0f} tok/s | mem {m.memory_gib:.2f} GiB | {m.chunks} chunks, {m.passes} passes | "
+        f"{' clipped' if m.clipped else ''}{' NOT TAKEN' if m.skipped else ''} | lr {m.lr:.2e} | "
+        f"{m.queries_per_second:.1f} q/s | {m.tokens_per_second:,.0f} tok/s | "
+        f"mem {m.memory_gib:.2f} GiB | {m.chunks} chunks, {m.passes} passes | "
         f"{m.examples_per_query:.1f} examples/q | {m.seconds:.2f} s | "
         f"eta {minutes // 60}h{minutes % 60:02d}m{seconds:02d}s"
     )

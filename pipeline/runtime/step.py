@@ -17,9 +17,12 @@ from pipeline.data.store import TokenStore
 from pipeline.datatypes import BatchPlan, PackedChunk
 from pipeline.model.grad_cache import two_pass_step
 from pipeline.model.loss import LossTargets, contrastive_loss
-from pipeline.runtime.engine import one_reduction
-from pipeline.runtime.ranks import Ranks, gather_embeddings, sum_over_ranks
+from pipeline.runtime.engine import one_reduction, take_step
+from pipeline.runtime.ranks import Ranks, gather_embeddings, gather_values, sum_over_ranks
+from pipeline.runtime.watch import Watch, pass_boundary
 from pipeline.settings import Settings
+
+FAULTS = ("", "gradient", "embeddings")
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,7 @@ class StepResult:
 
     loss: float
     num_passes: int
+    fault: str  # what is not finite, and on which rank; empty: nothing
 
 
 def prepare_step(store: TokenStore, limits: Limits, plan: BatchPlan, ranks: Ranks, chunk_tokens: int) -> StepInputs:
@@ -103,17 +107,31 @@ def encode_chunk(encoder: Any, chunk: PackedChunk, device: torch.device) -> Tens
     )
 
 
-def run_step(engine: Any, inputs: StepInputs, settings: Settings, ranks: Ranks) -> StepResult:
+def run_step(
+    engine: Any, inputs: StepInputs, settings: Settings, ranks: Ranks, watch: Watch | None = None
+) -> StepResult:
     """Forward and backward of one global step: afterwards the engine holds the gradient and may step.
+
+    Before every chunk the ranks pass a boundary of the watch, if there is one, where a stop can be asked for.
 
     Dropout differs between ranks, chunks and steps and is a function of (seed, step, rank, chunk) alone, so a step
     that is replayed after a restart makes the same draws.
     """
-    plan = inputs.plan
+    plan, num_encoded, local_is_finite = inputs.plan, 0, torch.tensor(True)
+
+    def encode(chunk: PackedChunk) -> Tensor:
+        nonlocal num_encoded
+        if watch is not None:
+            place = f"forward pass {num_encoded + 1} over {inputs.num_chunks} chunks"
+            pass_boundary(watch, f"step {plan.step}, {place}")
+        num_encoded += 1
+        return encode_chunk(engine, chunk, ranks.device)
 
     def embedding_gradients(cached: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
         real = [e for e, chunk in zip(cached, inputs.chunks, strict=True) if chunk.sequence_S[0] >= 0]
+        nonlocal local_is_finite
         local_SD = torch.cat(real) if real else cached[0][:0]
+        local_is_finite = local_SD.isfinite().all()
         all_SD = gather_embeddings(local_SD, inputs.sequences_of_rank, ranks).requires_grad_()
         query_BD, passage_PD = all_SD[inputs.rows], all_SD[plan.num_queries :]
         # Embeddings stay fp32: the loss is a millionth of a step's arithmetic, and bf16 costs 0.3 % of the gradient.
@@ -135,14 +153,29 @@ def run_step(engine: Any, inputs: StepInputs, settings: Settings, ranks: Ranks) 
         result = two_pass_step(
             inputs.chunks,
             [chunk_seed(settings.run.seed, plan.step, ranks.rank, i) for i in range(len(inputs.chunks))],
-            lambda chunk: encode_chunk(engine, chunk, ranks.device),
+            encode,
             embedding_gradients,
             backward,
             settings.run.keep_graphs,
         )
-    return StepResult(float(result.loss), result.num_passes)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in engine.parameters() if p.grad is not None])
+    # A bad embedding on one rank makes every rank's gradient bad: only the rank where it began is named.
+    level_W = gather_values(2 if not local_is_finite else 0 if norm.isfinite() else 1, ranks)
+    worst = int(max(level_W))
+    bad = ", ".join(str(rank) for rank, level in enumerate(level_W) if level == worst)
+    return StepResult(float(result.loss), result.num_passes, f"the {FAULTS[worst]} of rank {bad}" if worst else "")
 
 
 def chunk_seed(seed: int, step: int, rank: int, chunk: int) -> int:
     """Seed of a chunk's dropout."""
     return int(np.random.SeedSequence((seed, step, rank, chunk)).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def make_optimizer_state(engine: Any, ranks: Ranks) -> None:
+    """One optimizer step that changes nothing to keep: it makes the moments exist, so that they can be set."""
+    one_token = np.zeros(1, dtype=np.int64)
+    dummy = PackedChunk(one_token, one_token, np.array([0, 1], dtype=np.int32), one_token - 1, 1)
+    with one_reduction(engine) as backward:
+        embeddings_SD = encode_chunk(engine, dummy, ranks.device)
+        backward(embeddings_SD, torch.zeros_like(embeddings_SD), True)
+    take_step(engine, 0.0)
