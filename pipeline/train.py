@@ -188,7 +188,8 @@ def train_steps(
             fault = f"loss is {result.loss} at {where}, not finite: {result.fault or 'the loss alone'}"
             if bad_in_a_row == MAX_BAD_STEPS:
                 raise FloatingPointError(f"{fault}; {bad_in_a_row} steps in a row were like that; {REMEDY}")
-            log.warning("%s; no rank takes this step", fault)
+            if ranks.is_first:
+                log.warning("%s; no rank takes this step", fault)
         else:
             bad_in_a_row, norm = 0, take_step(engine, lr)
             if not math.isfinite(norm):

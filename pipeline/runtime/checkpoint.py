@@ -17,6 +17,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -66,10 +67,43 @@ def save_checkpoint(
     manifest_hash: str,
     keep_last: int,
 ) -> Path:
-    """Write `folder`/step-XXXXXX atomically (first rank only) and remove all but the newest `keep_last`."""
+    """Write `folder`/step-XXXXXX atomically (first rank only) and remove all but the newest `keep_last`.
+
+    Raises:
+        OSError: it cannot be written; the checkpoints that were there are as they were.
+    """
     final = folder / f"step-{state.step:06d}"
     partial = folder / f".partial-{final.name}"
-    shutil.rmtree(partial, ignore_errors=True)
+    for leftover in folder.glob(".partial-*"):  # of a run that was killed while saving
+        shutil.rmtree(leftover)
+    try:
+        _write(partial, state, trainable, settings, manifest_hash)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        newest = max(_checkpoints(folder), key=_step_of, default=None)
+        kept = f"the last complete one is {newest}" if newest else "there is none before it"
+        reason = getattr(error, "strerror", None) or error
+        raise OSError(f"checkpoint {final} cannot be written ({reason}); {kept}; the same command goes on") from error
+    if final.exists():
+        shutil.rmtree(final)
+    partial.rename(final)
+    sync(folder)
+    # Beyond this step there can only be checkpoints that were found damaged: the run went on from before them.
+    found = {_step_of(path): path for path in _checkpoints(folder)}
+    kept_steps = sorted(step for step in found if step <= state.step)[-keep_last:]
+    for step, path in found.items():
+        if step not in kept_steps:
+            shutil.rmtree(path)
+    return final
+
+
+def _write(
+    partial: Path,
+    state: TrainState,
+    trainable: dict[str, dict[str, Tensor]],
+    settings: Settings,
+    manifest_hash: str,
+) -> None:
     partial.mkdir(parents=True)
     save_file({name: parts["weight"] for name, parts in trainable.items()}, partial / FILES[0])
     moments = {f"{name}/{key}": parts[key] for name, parts in trainable.items() for key in MOMENTS}
@@ -80,17 +114,6 @@ def save_checkpoint(
     (partial / "state.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     for path in (*partial.iterdir(), partial):
         sync(path)
-    if final.exists():
-        shutil.rmtree(final)
-    partial.rename(final)
-    sync(folder)
-    # Beyond this step there can only be checkpoints that were found damaged: the run went on from before them.
-    found = {_step_of(path): path for path in _checkpoints(folder)}
-    kept = sorted(step for step in found if step <= state.step)[-keep_last:]
-    for step, path in found.items():
-        if step not in kept:
-            shutil.rmtree(path)
-    return final
 
 
 def find_checkpoint(folder: Path) -> Path | None:

@@ -110,7 +110,7 @@ def _look_out(watch: Watch) -> None:
         if stood > patience:
             message = (
                 f"error: rank {watch.ranks.rank} has stood at {watch.place} for {stood:.0f} s "
-                f"(run.max_stall_seconds={watch.max_stall_seconds:g}); {who_is_behind(watch)}; the stacks of this rank:"
+                f"(run.max_stall_seconds={watch.max_stall_seconds:g}); {who_is_behind(watch)}; its stacks:"
             )
             print(message, file=sys.stderr, flush=True)
             faulthandler.dump_traceback(sys.stderr, all_threads=True)
@@ -127,8 +127,8 @@ def who_is_behind(watch: Watch) -> str:
     places = [text.partition("|")[2] for text in found]
     behind = [rank for rank, number in enumerate(numbers) if number < max(numbers)]
     if not behind:
-        return "no rank is behind the others"
-    shown = "; ".join(f"rank {rank} was last seen at {places[rank]}" for rank in behind[:8])
+        return "no rank is behind the others: see where the stack of each one stands"
+    shown = "; ".join(f"rank {rank}, last seen at {places[rank]}" for rank in behind[:8])
     return f"the others wait for {shown}" + (f" and {len(behind) - 8} more" if len(behind) > 8 else "")
 
 
