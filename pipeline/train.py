@@ -32,8 +32,10 @@ from pipeline.runtime.checkpoint import TrainState, find_checkpoint, load_checkp
 from pipeline.runtime.engine import (
     build_engine,
     discard_gradients,
+    gathered,
     read_state,
     require_keepable,
+    sharded_loading,
     start_distributed,
     stop_distributed,
     take_step,
@@ -105,7 +107,9 @@ def run(settings: Settings, ranks: Ranks, watch: Watch) -> None:
     # Model: the frozen base, fresh adapters (the same on every rank), and the engine around them.
     mark(watch, "the loading of the model")
     prompt_tokens = tokenizer.tokens
-    encoder = load_encoder(settings.model, prompt_tokens.marker_ids, prompt_tokens.marker_subtokens, ranks.device.type)
+    markers = (prompt_tokens.marker_ids, prompt_tokens.marker_subtokens)
+    with sharded_loading(settings.run.deepspeed, settings.optim, settings.model.dtype):
+        encoder = load_encoder(settings.model, *markers, ranks.device.type, gathered)
     require_rows(encoder, tokenizer.largest_id)
     torch.manual_seed(settings.run.seed)
     add_lora(encoder, settings.model.lora)

@@ -24,9 +24,9 @@ from pipeline.settings import Settings, load_settings
 CHUNK_TOKENS = {"one": 100_000, "few": 800, "many": 190}  # few: shared by the ranks
 
 
-def build_encoder(settings: Settings, tokens) -> Encoder:
+def build_encoder(settings: Settings, tokens, **options) -> Encoder:
     """The same weights in every process; lora_B is not zero, or lora_A would have no gradient."""
-    encoder = load_encoder(settings.model, tokens.marker_ids, tokens.marker_subtokens)
+    encoder = load_encoder(settings.model, tokens.marker_ids, tokens.marker_subtokens, **options)
     torch.manual_seed(settings.run.seed)
     add_lora(encoder, settings.model.lora)
     for name, p in trainable_parameters(encoder).items():
@@ -101,15 +101,19 @@ def start_rank(settings: Settings):
 def run_engine(settings: Settings, recipe: str, out: str, stages: str) -> None:
     from deepspeed.utils import safe_get_full_grad
 
-    from pipeline.runtime.engine import build_engine, stop_distributed
+    from pipeline.runtime.engine import build_engine, gathered, sharded_loading, stop_distributed
     from pipeline.runtime.step import prepare_step, run_step
 
     ranks, store, limits, plans = start_rank(settings)
     gradients = {}
-    for stage in stages.split(","):  # 2keep: stage 2 with several live graphs
+    for stage in stages.split(","):  # 2keep: stage 2 with several live graphs; 3load: the model came sharded
         run = replace(settings.run, keep_graphs=3 if stage.endswith("keep") else 1)
-        encoder = build_encoder(settings, store.manifest.tokens)
         config = Path(recipe).parent / f"zero{stage[0]}.json"
+        if stage.endswith("load"):
+            with sharded_loading(config, settings.optim, settings.model.dtype):
+                encoder = build_encoder(settings, store.manifest.tokens, gathered=gathered)
+        else:
+            encoder = build_encoder(settings, store.manifest.tokens)
         engine = build_engine(encoder, settings.optim, settings.model.dtype, config, ranks)
         if stage[0] == "3" and ranks.world_size > 1:
             assert all(p.ds_tensor.numel() < p.ds_numel for p in encoder.parameters()), "nothing is partitioned"

@@ -4,6 +4,8 @@ T packed tokens, S sequences, D width, M marker tokens.
 """
 
 import logging
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -93,12 +95,14 @@ def load_encoder(
     marker_ids: tuple[int, ...],
     marker_subtokens: tuple[tuple[int, ...], ...],
     device_type: str = "cpu",
+    gathered: Callable[[Sequence[nn.Parameter]], AbstractContextManager[None]] = lambda _: nullcontext(),
 ) -> Encoder:
     """The base decoder, frozen, in `model.dtype`, with rows for markers that its tokenizer did not have.
 
     Args:
         marker_ids, marker_subtokens: as in the store's prompt tokens. A marker with sub-tokens is new to the model and
             starts from the mean of their rows; one without was there before and is left alone.
+        gathered: context in which parameters that came sharded are whole.
 
     Raises:
         ValueError: no such model, more layers asked for than it has, or a kernel that cannot run here.
@@ -119,7 +123,8 @@ def load_encoder(
         raise ValueError(f"model.name={model.name!r} cannot be loaded: {str(error).splitlines()[0]}") from error
     decoder.requires_grad_(False)
     table: Any = decoder.get_input_embeddings()
-    _keep_whole(table)
+    with gathered([table.weight]):
+        _keep_whole(table)
     new = [i for i, subtokens in enumerate(marker_subtokens) if subtokens]
     if new:
         # Through the module, not its weight: Gemma's scales what it looks up.
@@ -164,7 +169,7 @@ def _keep_whole(embedding: nn.Module) -> None:
     As a parameter it would be gathered in full for every chunk to look up a few rows: 262 MB each time for Mistral-7B,
     more than half of all traffic for a small model.
     """
-    weight = embedding.get_parameter("weight").detach()
+    weight = embedding.get_parameter("weight").detach().clone()  # a sharded one is whole for a moment only
     del embedding._parameters["weight"]
     embedding.register_buffer("weight", weight, persistent=False)
 

@@ -8,13 +8,15 @@ import contextlib
 import functools
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
+from transformers.integrations import HfDeepSpeedConfig
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from pipeline.model.encoder import trainable_parameters
 from pipeline.runtime.ranks import Ranks
@@ -95,22 +97,27 @@ def read_deepspeed_json(path: str | Path) -> dict[str, Any]:
     return config
 
 
+def _stage(config: dict[str, Any]) -> int:
+    return int(config.get("zero_optimization", {}).get("stage", 0))
+
+
+def _refused(path: str | Path, error: ValidationError) -> ValueError:
+    faults = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+    return ValueError(f"run.deepspeed={path} is refused by DeepSpeed: {faults}")
+
+
 def require_keepable(path: str | Path, keep_graphs: int) -> None:
     """ValueError for several live graphs under ZeRO-3, whose gradients would be wrong by 70 % without a word."""
-    stage = read_deepspeed_json(path).get("zero_optimization", {}).get("stage", 0)
-    if stage == 3 and keep_graphs > 1:
+    if _stage(read_deepspeed_json(path)) == 3 and keep_graphs > 1:
         raise ValueError(
             f"run.keep_graphs={keep_graphs} and ZeRO-3 ({path}) exclude each other: several live graphs give wrong "
             "gradients there; set run.keep_graphs=1, or a JSON of stage 0, 1 or 2 as run.deepspeed"
         )
 
 
-def build_engine(
-    encoder: nn.Module, optim: OptimSettings, dtype: str, deepspeed_json: str | Path, ranks: Ranks
-) -> deepspeed.DeepSpeedEngine:
-    """A DeepSpeed engine around the encoder with AdamW on what trains. The schedule's lr is set at every step."""
-    config = read_deepspeed_json(deepspeed_json)
-    config |= {
+def _complete_config(path: str | Path, optim: OptimSettings, dtype: str) -> dict[str, Any]:
+    """The JSON with what the recipe owns."""
+    return read_deepspeed_json(path) | {
         # Sequences are dealt to ranks by tokens, so DeepSpeed's idea of a batch is only a placeholder.
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
@@ -119,14 +126,49 @@ def build_engine(
         "steps_per_print": 2**31,
         "zero_allow_untested_optimizer": True,
     }
+
+
+@contextlib.contextmanager
+def sharded_loading(path: str | Path, optim: OptimSettings, dtype: str) -> Iterator[None]:
+    """Inside, transformers loads a model straight into ZeRO-3's shards: the first rank alone reads the files (mapped,
+    weight by weight), and no rank holds the model as a whole. Other stages load as ever.
+    """
+    config = _complete_config(path, optim, dtype)
+    if _stage(config) < 3:
+        yield
+        return
+    told = HfDeepSpeedConfig(config)  # transformers keeps a weak reference only
+    try:
+        yield
+    except ValidationError as error:
+        raise _refused(path, error) from error
+    finally:
+        unset_hf_deepspeed_config()
+        del told
+
+
+@contextlib.contextmanager
+def gathered(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Inside, parameters that ZeRO-3 has sharded are whole on every rank."""
+    with deepspeed.zero.GatheredParameters([p for p in parameters if hasattr(p, "ds_id")]):
+        yield
+
+
+def build_engine(
+    encoder: nn.Module, optim: OptimSettings, dtype: str, deepspeed_json: str | Path, ranks: Ranks
+) -> deepspeed.DeepSpeedEngine:
+    """A DeepSpeed engine around the encoder with AdamW on what trains. The schedule's lr is set at every step."""
+    config = _complete_config(deepspeed_json, optim, dtype)
     trainable = [p for p in encoder.parameters() if p.requires_grad]
     assert trainable, "nothing to train: add_lora comes before build_engine"
+    if dtype == "bf16":  # PEFT makes adapters in fp32, and DeepSpeed wants one type where weights came sharded
+        for p in trainable:
+            p.data = p.data.to(torch.bfloat16)
     optimizer = torch.optim.AdamW(trainable, lr=optim.lr, weight_decay=optim.weight_decay)
     try:
         engine, *_ = deepspeed.initialize(model=encoder, model_parameters=trainable, optimizer=optimizer, config=config)
     except ValidationError as error:
-        faults = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
-        raise ValueError(f"run.deepspeed={deepspeed_json} is refused by DeepSpeed: {faults}") from error
+        raise _refused(deepspeed_json, error) from error
     if engine.zero_optimization_stage() == 0 and dtype == "bf16":
         # DeepSpeed's wrapper has taken a step on zero gradients by now: undo it, or Adam would count one step too many.
         for p in trainable:
