@@ -88,7 +88,7 @@ def run_uncached(encoder: torch.nn.Module, inputs: StepInputs, settings: Setting
     dist.all_reduce(all_SD.grad)
     mine = torch.from_numpy(inputs.sequences_of_rank[ranks.rank])
     local_SD.backward(all_SD.grad[mine])
-    return StepResult(float(share), 1, "")
+    return StepResult(float(share), 1, "", {})
 
 
 def main(recipe: str, out: str, mode: str, overrides: list[str]) -> None:

@@ -54,6 +54,8 @@ class ModelSettings:
     attention_kernel: Literal["auto", "flash_attn", "torch_varlen", "sdpa"] = "auto"
     embed_kernels: Literal["auto", "triton", "torch"] = "auto"  # last-token gather, similarity matrix
     activation_checkpointing: bool = False
+    trained: Literal["lora", "full"] = "lora"  # adapters, or every weight
+    adapter: str = _path()  # adapters to go on from (a run's model/, or PEFT's), of model.lora's rank and alpha
     lora: LoraSettings = field(default_factory=LoraSettings)
 
 
@@ -168,6 +170,15 @@ class OptimSettings:
 
 
 @dataclass(frozen=True)
+class EvaluationSettings:
+    """Scores on local tasks while training, zero-shot and few-shot; the best model is kept."""
+
+    tasks: tuple[str, ...] = field(default=(), metadata={"path": True})  # folders, as for `evaluate --task`
+    every: int = 0  # steps, and after the last one; 0: never
+    num_examples: int = 3
+
+
+@dataclass(frozen=True)
 class RunSettings:
     """One run on one set of machines."""
 
@@ -192,6 +203,7 @@ class Settings:
     batch: BatchSettings = field(default_factory=BatchSettings)
     loss: LossSettings = field(default_factory=LossSettings)
     optim: OptimSettings = field(default_factory=OptimSettings)
+    evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
     run: RunSettings = field(default_factory=RunSettings)
 
     @property
@@ -309,7 +321,9 @@ def _merge(base: Any, tree: Any, prefix: str, folder: Path) -> Any:
         else:
             changes[key] = _convert(hints[key], value, name, folder)
         if fields[key].metadata.get("path"):
-            changes[key] = _resolve(changes[key], folder, is_name=key in ("name", "tokenizer"))
+            names = changes[key] if isinstance(changes[key], tuple) else (changes[key],)
+            found = tuple(_resolve(name, folder, is_name=key in ("name", "tokenizer")) for name in names)
+            changes[key] = found if isinstance(changes[key], tuple) else found[0]
     return dataclasses.replace(base, **changes)
 
 
@@ -375,6 +389,11 @@ def _validate(s: Settings) -> None:
             f"preprocess.max_prompt_tokens={p.max_prompt_tokens} leaves no room for an example beside a query of "
             f"preprocess.max_query_tokens={p.max_query_tokens}; raise it, or set batch.examples.mode=none to train "
             "without in-context examples"
+        )
+    if bool(s.evaluation.every) != bool(s.evaluation.tasks):
+        raise ValueError(
+            f"evaluation.every={s.evaluation.every} and evaluation.tasks={list(s.evaluation.tasks)} belong together: "
+            "name both, or neither"
         )
     if list(p.bucket_edges) != sorted(set(p.bucket_edges)):
         raise ValueError(f"preprocess.bucket_edges={p.bucket_edges} must be rising and distinct")
@@ -446,6 +465,8 @@ def _require_positive(s: Settings) -> None:
         "batch.examples.max_examples": s.batch.examples.max_examples,
         "batch.mix_temperature": s.batch.mix_temperature,
         "loss.distillation_weight": s.loss.distillation_weight,
+        "evaluation.every": s.evaluation.every,
+        "evaluation.num_examples": s.evaluation.num_examples,
         "optim.warmup_steps": s.optim.warmup_steps,
         "run.seed": s.run.seed,
         "optim.weight_decay": s.optim.weight_decay,
@@ -453,6 +474,11 @@ def _require_positive(s: Settings) -> None:
     for name, value in not_negative.items():
         if not 0 <= value < math.inf:
             raise ValueError(f"{name}={value} must be 0 or more and finite")
+    if s.model.adapter and s.model.trained == "full":
+        raise ValueError(
+            f"model.adapter={s.model.adapter} needs model.trained=lora; to train every weight from there, merge the "
+            "adapter into the base model first"
+        )
     if s.model.num_layers is not None and s.model.num_layers <= 0:
         raise ValueError(f"model.num_layers={s.model.num_layers} must be above 0; leave it out for all layers")
     if s.optim.max_steps is not None and s.optim.max_steps <= 0:

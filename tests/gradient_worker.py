@@ -18,7 +18,7 @@ from pipeline.data.composing import Limits, sequence_ids
 from pipeline.data.sampling import make_schedule, plan_step
 from pipeline.data.store import open_store
 from pipeline.datatypes import BatchPlan
-from pipeline.model.encoder import Encoder, add_lora, load_encoder, trainable_parameters
+from pipeline.model.encoder import Encoder, choose_trained, load_encoder, trainable_parameters
 from pipeline.settings import Settings, load_settings
 
 CHUNK_TOKENS = {"one": 100_000, "few": 800, "many": 190}  # few: shared by the ranks
@@ -28,7 +28,7 @@ def build_encoder(settings: Settings, tokens, **options) -> Encoder:
     """The same weights in every process; lora_B is not zero, or lora_A would have no gradient."""
     encoder = load_encoder(settings.model, tokens.marker_ids, tokens.marker_subtokens, **options)
     torch.manual_seed(settings.run.seed)
-    add_lora(encoder, settings.model.lora)
+    choose_trained(encoder, settings.model)
     for name, p in trainable_parameters(encoder).items():
         if "lora_B" in name:
             torch.nn.init.normal_(p, std=0.05)

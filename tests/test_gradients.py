@@ -75,6 +75,23 @@ def test_bf16_with_activation_checkpointing_stays_near_the_fp32_reference(recipe
     assert worst > 1e-4, "this was fp32"
 
 
+def test_full_fine_tuning_gives_the_reference_gradient(recipe, tmp_path):
+    """Every weight trains, the table of the input embeddings among them."""
+    truth, out = tmp_path / "reference.safetensors", tmp_path / "gradients.safetensors"
+    require_success(run_python(WORKER, ["reference", str(recipe), str(truth), "model.trained=full"]))
+    require_success(launch(WORKER, ["engine", str(recipe), str(out), "0,2,2keep,3,3load", "model.trained=full"], 2))
+    reference, compared = load_file(truth), 0
+    assert any("embed_tokens.base" in key for key in reference) and any("marker_rows" in key for key in reference)
+    assert not any("lora" in key for key in reference)
+    for key, value in load_file(out).items():
+        stage, budget, task_type, name = key.split("|")
+        if name != "chunks":
+            error = relative_error(value, reference[f"{task_type}|{name}"])
+            assert error <= 1e-5, f"{key}: relative error {error:.1e}"
+            compared += 1
+    assert compared == 5 * 3 * len(reference)
+
+
 def test_bf16_gradients_of_many_chunks_are_summed_in_fp32():
     """In bf16 a sum of ones stops at 256."""
     parameter = torch.nn.Parameter(torch.ones(2, dtype=torch.bfloat16))

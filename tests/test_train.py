@@ -1,23 +1,27 @@
 """Whole runs through the deepspeed launcher: resume, bad input, what a run folder holds."""
 
+import dataclasses
 import json
 import os
 import shutil
 import subprocess
 
+import numpy as np
 import pytest
 import torch
 from launching import REPOSITORY, environment, launch, require_success, run_python
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from pipeline.data.store import read_manifest
+from pipeline.inference.embedder import load_base_embedder, load_embedder
+from pipeline.model.encoder import choose_trained, load_encoder, trainable_parameters
 from pipeline.preprocess import main as preprocess
 from pipeline.runtime.checkpoint import TrainState, find_checkpoint, save_checkpoint
 from pipeline.runtime.engine import read_deepspeed_json
 from pipeline.runtime.ranks import read_ranks
 from pipeline.runtime.runlog import require_tracker
 from pipeline.runtime.watch import NOT_FINITE
-from pipeline.settings import OptimSettings, load_settings
+from pipeline.settings import LoraSettings, OptimSettings, load_settings
 from pipeline.train import learning_rate
 
 TRAIN = REPOSITORY / "pipeline" / "train.py"
@@ -83,6 +87,62 @@ def test_resume_on_the_same_ranks_is_bit_for_bit(recipe, whole_run, tmp_path):
         assert resumed.keys() == truth.keys() and len(truth) > 10
         for key, value in truth.items():
             assert torch.equal(resumed[key], value), key
+
+
+def test_full_fine_tuning_resumes_and_leaves_a_model_of_its_own(recipe, tmp_path):
+    full = ["model.trained=full", "optim.max_steps=4", "run.save_every=2", "run.keep_last=3"]
+    require_success(train(recipe, tmp_path / "whole", *full))
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    shutil.rmtree(tmp_path / "cut" / "checkpoints" / "step-000004")
+    require_success(train(recipe, tmp_path / "cut", *full))
+    last = "checkpoints/step-000004/weights.safetensors"
+    weights = load_file(tmp_path / "whole" / last)
+    resumed = load_file(tmp_path / "cut" / last)
+    assert weights.keys() == resumed.keys() and not any("lora" in name for name in weights)
+    assert all(torch.equal(resumed[name], value) for name, value in weights.items())
+
+    settings = load_settings(recipe)
+    embedder = load_embedder(tmp_path / "whole", show_progress=False)
+    trained = dict(embedder.encoder.named_parameters()) | dict(embedder.encoder.named_buffers())
+    start = dict(load_base_embedder(settings, show_progress=False).encoder.named_parameters())
+    for name, value in weights.items():
+        moved = name.replace("embed_tokens.base.weight", "embed_tokens.weight")
+        assert torch.equal(trained.get(name, trained.get(moved)), value), name
+        assert name not in start or not torch.equal(start[name], value), f"{name} did not move"
+    assert np.isfinite(embedder.encode_queries(["river stone"], "Do normal.")).all()
+
+
+def test_a_run_goes_on_from_an_adapter(recipe, whole_run, tmp_path):
+    folder = whole_run[0] / "model"
+    settings = load_settings(recipe, [f"model.adapter={folder}"])
+    tokens = read_manifest(settings.data.store).tokens
+
+    def build(model):
+        encoder = load_encoder(model, tokens.marker_ids, tokens.marker_subtokens)
+        choose_trained(encoder, model)
+        return {name: p.detach() for name, p in trainable_parameters(encoder).items()}
+
+    state = load_file(whole_run[0] / "checkpoints" / "step-000006" / "weights.safetensors")
+    found = build(settings.model)
+    assert found.keys() == state.keys() and any("marker_rows" in name for name in state)
+    assert all(torch.equal(found[name], value) for name, value in state.items())
+    wrong = dataclasses.replace(settings.model, lora=LoraSettings(rank=8, alpha=8))
+    with pytest.raises(ValueError, match="has rank 4; set model.lora.rank=4, not 8"):
+        build(wrong)
+    with pytest.raises(ValueError, match="holds no adapter_config.json"):
+        build(dataclasses.replace(settings.model, adapter=str(tmp_path)))
+    with pytest.raises(ValueError, match="model.adapter=.* needs model.trained=lora"):
+        load_settings(recipe, [f"model.adapter={folder}", "model.trained=full"])
+    other = tmp_path / "other"
+    shutil.copytree(folder, other)
+    kept = {name: value for name, value in load_file(folder / "adapter_model.safetensors").items() if "q_proj" in name}
+    save_file(kept, other / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match="adapts other modules than q_proj"):
+        build(dataclasses.replace(settings.model, adapter=str(other)))
+    wider = {name: torch.cat([value, value], dim=1) for name, value in kept.items()}
+    save_file(wider, other / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match="does not fit"):
+        build(dataclasses.replace(settings.model, adapter=str(other)))
 
 
 def test_resume_on_other_ranks_and_stage_is_close(recipe, tmp_path):

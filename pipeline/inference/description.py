@@ -18,7 +18,7 @@ DESCRIPTION_FILE = "embedder.json"
 class EmbedderDescription:
     """Everything beside weights and tokenizer files. Embeddings are always L2-normalised."""
 
-    model: ModelSettings  # the base decoder: name, depth, attention, pooling, dtype
+    model: ModelSettings  # the decoder: name (the folder itself, if it holds every weight), depth, attention, ...
     template: Template
     limits: Limits
     tokens: PromptTokens
@@ -34,7 +34,8 @@ def read_description(folder: str | Path) -> EmbedderDescription:
         tree = json.loads(path.read_text(encoding="utf-8"))
         description = EmbedderDescription(
             model=ModelSettings(
-                name=tree["base_model"],
+                name=str(folder) if tree.get("trained") == "full" else tree["base_model"],
+                trained=tree.get("trained", "lora"),
                 num_layers=tree["num_layers"],
                 attention=tree["attention"],
                 pooling=tree["pooling"],

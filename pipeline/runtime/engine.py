@@ -249,7 +249,7 @@ def discard_gradients(engine: deepspeed.DeepSpeedEngine) -> None:
 def read_state(engine: deepspeed.DeepSpeedEngine) -> dict[str, dict[str, Tensor]]:
     """What a checkpoint needs, whole and on CPU: name -> {"weight": fp32 master, "exp_avg": ..., "exp_avg_sq": ...}.
 
-    Every rank must call this: under ZeRO the pieces come from all of them.
+    Every rank must call this: under ZeRO the pieces come from all of them. All but the first get nothing back.
     """
     state: dict[str, dict[str, Tensor]] = {}
     for name, p in trainable_parameters(engine.module).items():
@@ -259,6 +259,8 @@ def read_state(engine: deepspeed.DeepSpeedEngine) -> dict[str, dict[str, Tensor]
         else:
             parts = {"weight": safe_get_full_fp32_param(p)}
             parts |= {key: safe_get_full_optimizer_state(p, key) for key in MOMENTS}
+        if torch.distributed.get_rank() > 0:
+            continue
         # A copy: safetensors refuses tensors that share memory, and ZeRO 1-2 give views of one flat buffer.
         state[name] = {key: value.detach().float().cpu().clone().reshape(_shape(p)) for key, value in parts.items()}
     return state

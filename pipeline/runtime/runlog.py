@@ -36,6 +36,7 @@ class StepMetrics:
     grad_norm: float
     lr: float
     seconds: float
+    seconds_of: dict[str, float]  # data (waited for), pass_1, loss, pass_2, reduce, update; the rest is the log's
     queries: int
     queries_per_second: float
     tokens: int
@@ -61,7 +62,7 @@ def step_metrics(
     result: StepResult,
     norm: float,
     lr: float,
-    seconds: float,
+    seconds: dict[str, float],
     clip_norm: float,
     ranks: Ranks,
 ) -> StepMetrics:
@@ -73,11 +74,12 @@ def step_metrics(
         loss=result.loss,
         grad_norm=norm,
         lr=lr,
-        seconds=seconds,
+        seconds=seconds["all"],
+        seconds_of={name: round(value, 6) for name, value in seconds.items() if name != "all"},
         queries=plan.num_queries,
-        queries_per_second=plan.num_queries / seconds,
+        queries_per_second=plan.num_queries / seconds["all"],
         tokens=inputs.num_tokens,
-        tokens_per_second=inputs.num_tokens / seconds,
+        tokens_per_second=inputs.num_tokens / seconds["all"],
         memory_gib=peak_memory_gib(ranks.device),
         chunks=inputs.num_chunks,
         passes=result.num_passes,

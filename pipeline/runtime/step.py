@@ -4,6 +4,7 @@ T packed tokens, S sequences of the step (queries, then distinct passages), B ro
 D width, W ranks.
 """
 
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,7 @@ from pipeline.runtime.ranks import Ranks, gather_embeddings, gather_values, sum_
 from pipeline.runtime.watch import Watch, pass_boundary
 from pipeline.settings import Settings
 
+PHASES = ("pass_1", "loss", "pass_2", "reduce")
 FAULTS = ("", "gradient", "embeddings")
 
 
@@ -45,6 +47,7 @@ class StepResult:
     loss: float
     num_passes: int
     fault: str  # what is not finite, and on which rank; empty: nothing
+    seconds: dict[str, float]  # of pass_1, loss (with the exchange of embeddings), pass_2, reduce (over the ranks)
 
 
 def prepare_step(store: TokenStore, limits: Limits, plan: BatchPlan, ranks: Ranks, chunk_tokens: int) -> StepInputs:
@@ -118,6 +121,7 @@ def run_step(
     that is replayed after a restart makes the same draws.
     """
     plan, num_encoded, local_is_finite = inputs.plan, 0, torch.tensor(True)
+    moments = [_moment(ranks.device)]
 
     def encode(chunk: PackedChunk) -> Tensor:
         nonlocal num_encoded
@@ -130,6 +134,7 @@ def run_step(
     def embedding_gradients(cached: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
         real = [e for e, chunk in zip(cached, inputs.chunks, strict=True) if chunk.sequence_S[0] >= 0]
         nonlocal local_is_finite
+        moments.append(_moment(ranks.device))
         local_SD = torch.cat(real) if real else cached[0][:0]
         local_is_finite = local_SD.isfinite().all()
         all_SD = gather_embeddings(local_SD, inputs.sequences_of_rank, ranks).requires_grad_()
@@ -146,7 +151,9 @@ def run_step(
             else torch.zeros_like(embeddings)
             for chunk, embeddings in zip(inputs.chunks, cached, strict=True)
         ]
-        return sum_over_ranks(share.detach(), ranks), gradients
+        total = sum_over_ranks(share.detach(), ranks)
+        moments.append(_moment(ranks.device))
+        return total, gradients
 
     assert settings.run.keep_graphs == 1 or engine.zero_optimization_stage() < 3, "require_keepable comes first"
     with one_reduction(engine) as backward:
@@ -158,12 +165,26 @@ def run_step(
             backward,
             settings.run.keep_graphs,
         )
+        moments.append(_moment(ranks.device))
         norm = torch.nn.utils.get_total_norm([p.grad for p in engine.parameters() if p.grad is not None])
     # A bad embedding on one rank makes every rank's gradient bad: only the rank where it began is named.
     level_W = gather_values(2 if not local_is_finite else 0 if norm.isfinite() else 1, ranks)
     worst = int(max(level_W))
     bad = ", ".join(str(rank) for rank, level in enumerate(level_W) if level == worst)
-    return StepResult(float(result.loss), result.num_passes, f"the {FAULTS[worst]} of rank {bad}" if worst else "")
+    moments.append(_moment(ranks.device))
+    return StepResult(
+        loss=float(result.loss),
+        num_passes=result.num_passes,
+        fault=f"the {FAULTS[worst]} of rank {bad}" if worst else "",
+        seconds={name: stop - start for name, start, stop in zip(PHASES, moments[:-1], moments[1:], strict=True)},
+    )
+
+
+def _moment(device: torch.device) -> float:
+    """Now, when the GPU has done what it was given: four waits a step."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def chunk_seed(seed: int, step: int, rank: int, chunk: int) -> int:
