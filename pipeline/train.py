@@ -295,9 +295,8 @@ def evaluate(run: Run, state: TrainState) -> None:
     run.engine.train()
     shown = ", ".join(f"{name} {value:.4f}" for name, value in scores.items())
     best = from_first(ranks.is_first and record_scores(run.out, state.step, scores), ranks)
-    log.info(
-        "after %d steps: %s%s (%.0f s)", state.step, shown, "; the best" if best else "", time.perf_counter() - started
-    )
+    took = f"{time.perf_counter() - started:.0f} s{'; the best so far' if best else ''}"
+    log.info("after %d steps: %s (%s)", state.step, shown, took)
     if best:
         trainable = read_state(run.engine)
         if ranks.is_first:

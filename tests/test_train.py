@@ -13,6 +13,7 @@ from launching import REPOSITORY, environment, launch, require_success, run_pyth
 from safetensors.torch import load_file, save_file
 
 from pipeline.data.store import read_manifest
+from pipeline.evaluation.during import record_scores
 from pipeline.inference.embedder import load_base_embedder, load_embedder
 from pipeline.model.encoder import choose_trained, load_encoder, trainable_parameters
 from pipeline.preprocess import main as preprocess
@@ -87,6 +88,47 @@ def test_resume_on_the_same_ranks_is_bit_for_bit(recipe, whole_run, tmp_path):
         assert resumed.keys() == truth.keys() and len(truth) > 10
         for key, value in truth.items():
             assert torch.equal(resumed[key], value), key
+
+
+def write_task(folder, rows):
+    """The rows' queries over the rows' positives; the first three rows are the examples."""
+    (folder / "qrels").mkdir(parents=True)
+    header = {"name": "tiny", "type": "retrieval", "instruction": "Do normal.", "metric": "ndcg_at_10"}
+    (folder / "task.json").write_text(json.dumps(header))
+    examples = [{"query": row["query"], "response": row["pos"][0]} for row in rows[:3]]
+    queries = [{"_id": f"q{i}", "text": row["query"]} for i, row in enumerate(rows[3:])]
+    passages = dict.fromkeys(text for row in rows for text in row["pos"])
+    corpus = [{"_id": f"p{i}", "title": "", "text": text} for i, text in enumerate(passages)]
+    for name, lines in (("examples", examples), ("queries", queries), ("corpus", corpus)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    places = {text: f"p{i}" for i, text in enumerate(passages)}
+    judged = "".join(f"q{i}\t{places[row['pos'][0]]}\t1\n" for i, row in enumerate(rows[3:]))
+    (folder / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\n" + judged)
+    return folder
+
+
+def test_evaluation_on_all_ranks_scores_as_the_saved_model_and_leaves_training_alone(recipe, whole_run, tmp_path):
+    rows = [json.loads(line) for line in (recipe.parent / "data" / "normal.jsonl").read_text().splitlines()]
+    task, out = write_task(tmp_path / "task", rows), tmp_path / "out"
+    require_success(train(recipe, out, f"evaluation.tasks=[{task}]", "evaluation.every=4", "run.keep_last=9"))
+    assert losses(out) == losses(whole_run[0])
+    lines = [json.loads(line) for line in (out / "evaluation.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [4, 6] and lines[0]["best"]
+    assert (out / "best_model" / "adapter_model.safetensors").is_file()
+    scored = run_python(REPOSITORY / "pipeline/evaluate_embedder.py", ["--run", str(out), "--task", str(task)])
+    require_success(scored)
+    found = {s["mode"]: s["value"] for s in json.loads((out / "scores.json").read_text())}
+    assert found.keys() == {"zero_shot", "few_shot"}
+    for mode, value in found.items():
+        assert lines[-1]["scores"][f"tiny/{mode}"] == pytest.approx(value, abs=1e-6)
+
+
+def test_scores_of_steps_done_again_give_way_and_only_a_better_mean_is_the_best(tmp_path):
+    scores = [(2, 0.5), (4, 0.7), (6, 0.6), (4, 0.55), (6, 0.8)]
+    best = [record_scores(tmp_path, step, {"t/zero_shot": 0.0, "t/few_shot": few}) for step, few in scores]
+    assert best == [True, True, False, True, True]
+    lines = [json.loads(line) for line in (tmp_path / "evaluation.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["mean"]) for line in lines] == [(2, 0.5), (4, 0.55), (6, 0.8)]
 
 
 def test_full_fine_tuning_resumes_and_leaves_a_model_of_its_own(recipe, tmp_path):
@@ -204,6 +246,8 @@ def one_error(result):
     [
         ("optim.lr=0.5", "was saved with optim.lr="),
         ("run.keep_graphs=2", "run.keep_graphs=2 and ZeRO-3"),
+        ("evaluation.every=2", "evaluation.every=2 and evaluation.tasks=[] belong together"),
+        ("evaluation={every: 2, tasks: [./nowhere]}", "nowhere: no such folder"),
         ("run.chunk_tokens=10", "run.chunk_tokens=10 cannot hold one sequence"),
         ("preprocess.bucket_edges=[7]", "was made with other settings"),
         ("preprocess.max_query_tokens=40", "was made with other settings"),
