@@ -2,7 +2,7 @@
 SHELL := /usr/bin/env bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help install test format demo prove-main prove-kernels prove-data clean
+.PHONY: help install test format demo prove-main prove-kernels prove-data prove-trainer clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -67,6 +67,9 @@ prove-kernels: $(STAMP)  ## check what the README says of the kernels (GPU rows 
 
 prove-data: $(STAMP)  ## check what the README says of data of any size (DATA=folder with training data; about an hour)
 	$(BIN)/python benchmarks/prove.py data $(if $(DATA),--data $(DATA))
+
+prove-trainer: $(STAMP)  ## check what the README says of training runs (DATA=folder with training data; about an hour)
+	$(BIN)/python benchmarks/prove.py trainer $(if $(DATA),--data $(DATA))
 
 clean:  ## remove run results and caches (.venv stays)
 	rm -rf runs build .pytest_cache .ruff_cache .mypy_cache .hypothesis *.egg-info

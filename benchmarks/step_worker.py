@@ -3,7 +3,7 @@
 deepspeed --num_accelerators W benchmarks/step_worker.py RECIPE OUT MODE [key.sub=value ...]
     sets       one step of every dataset and two more: loss, tokens, padding, seconds, share of passages saved
     distinct   per dataset the same step with and without distinct passages: CPU seconds, loss
-    cached     peak memory of one step above the state after start-up, gradient cache on
+    cached     peak memory of one step above the state after start-up, and its CPU seconds; gradient cache on
     uncached   the same batch with the graphs of all chunks kept alive
 """
 
@@ -135,15 +135,17 @@ def main(recipe: str, out: str, mode: str, overrides: list[str]) -> None:
         plan = first_plans(store, schedule)[0]
         inputs = prepare_step(store, limits, plan, ranks, settings.run.chunk_tokens)
         record = step_record(store, plan, inputs, limits, ranks)
-        before = memory_mib("VmRSS")
+        before, started = memory_mib("VmRSS"), cpu_seconds()
         Path("/proc/self/clear_refs").write_text("5")  # resets the peak
         if engine is None:
             result = run_uncached(encoder, inputs, settings, ranks)
         else:
             result = run_step(engine, inputs, settings, ranks)
         peak = max(gather_values(memory_mib("VmHWM") - before, ranks))
+        record["cpu_seconds"] = sum(gather_values(cpu_seconds() - started, ranks))
         embeddings = plan.num_sequences * encoder.decoder.config.hidden_size * 4 / 2**20
-        records.append(record | {"peak_mib": peak, "embeddings_mib": embeddings, "loss": result.loss})
+        record |= {"peak_mib": peak, "embeddings_mib": embeddings, "loss": result.loss, "passes": result.num_passes}
+        records.append(record)
     if ranks.is_first:
         Path(out).write_text(json.dumps(records, indent=2))
     stop_distributed()
