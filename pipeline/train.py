@@ -27,6 +27,7 @@ from pipeline.datatypes import BatchPlan, PackedChunk
 from pipeline.files import write_text
 from pipeline.inference.saving import save_model
 from pipeline.model.encoder import add_lora, load_encoder, require_rows
+from pipeline.model.loss import require_dims
 from pipeline.prompts import get_template
 from pipeline.runtime.checkpoint import TrainState, find_checkpoint, load_checkpoint, save_checkpoint
 from pipeline.runtime.engine import (
@@ -83,6 +84,7 @@ def run(settings: Settings, ranks: Ranks) -> None:
     prompt_tokens = tokenizer.tokens
     encoder = load_encoder(settings.model, prompt_tokens.marker_ids, prompt_tokens.marker_subtokens, ranks.device.type)
     require_rows(encoder, tokenizer.largest_id)
+    require_dims(settings.loss, encoder.width)
     torch.manual_seed(settings.run.seed)
     add_lora(encoder, settings.model.lora)
     encoder.train()
@@ -109,7 +111,7 @@ def run(settings: Settings, ranks: Ranks) -> None:
         started = time.perf_counter()
         lr = learning_rate(settings.optim, state.step, total_steps)
         plan = plan_step(store, schedule, state.step)
-        inputs = prepare_step(store, limits, plan, ranks, settings.run.chunk_tokens)
+        inputs = prepare_step(store, limits, plan, ranks, settings.run.chunk_tokens, settings.loss.mask_shown)
         result = run_step(engine, inputs, settings, ranks)
         where = f"step {state.step} (dataset {store.datasets[plan.dataset].name}, rows {plan.row_B[:8].tolist()}...)"
         if not math.isfinite(result.loss):
@@ -182,6 +184,8 @@ def step_metrics(
         passages_saved=share_saved(plan),
         examples_missing=plan.num_examples_missing,
         negatives_repeated=plan.num_candidates_repeated,
+        negatives_filtered=result.num_filtered,
+        negatives_shown=inputs.num_negatives_shown,
         rows_revisited=plan.num_rows_revisited,
         clipped=norm > clip_norm,
     )

@@ -40,6 +40,7 @@ class FewShotEmbedder:
     device: torch.device
     chunk_tokens: int  # token budget of one forward pass
     show_progress: bool = True
+    dim: int | None = None  # embeddings are cut to this width and made unit vectors again; None: the full width
 
     def encode_queries(self, texts: Sequence[str], instruction: str, examples: Sequence[Example] = ()) -> np.ndarray:
         """Embed queries behind an instruction and in-context examples of the same task.
@@ -91,8 +92,7 @@ class FewShotEmbedder:
     def _encode(self, ids: Sequence[np.ndarray], what: str) -> np.ndarray:
         """Encode composed sequences longest first, so that a chunk holds like lengths and memory peaks at once."""
         if not ids:
-            width = int(self.encoder.decoder.config.hidden_size)  # type: ignore[union-attr, arg-type]
-            return np.zeros((0, width), dtype=np.float32)
+            return np.zeros((0, self.dim or self.encoder.width), dtype=np.float32)
         order = sorted(range(len(ids)), key=lambda s: (-len(ids[s]), s))
         rows: list[np.ndarray] = []
         with tqdm(total=len(ids), desc=f"encode {what}", disable=not self.show_progress, leave=False) as bar:
@@ -104,6 +104,8 @@ class FewShotEmbedder:
                     torch.from_numpy(chunk.cu_seqlens).to(self.device),
                     chunk.max_seqlen,
                 )
+                if self.dim is not None:
+                    embeddings_SD = torch.nn.functional.normalize(embeddings_SD[:, : self.dim], dim=1)
                 rows.append(embeddings_SD.float().cpu().numpy())
                 bar.update(len(sequence_S))
         sorted_ND = np.concatenate(rows)
@@ -112,14 +114,26 @@ class FewShotEmbedder:
         return embeddings_ND
 
 
-def load_embedder(path: str | Path, chunk_tokens: int | None = None, show_progress: bool = True) -> FewShotEmbedder:
-    """A trained embedder from a run folder or from its model/ folder; ValueError where it is not one."""
+def load_embedder(
+    path: str | Path, chunk_tokens: int | None = None, show_progress: bool = True, dim: int | None = None
+) -> FewShotEmbedder:
+    """A trained embedder from a run folder or from its model/ folder.
+
+    Args:
+        dim: a width of loss.matryoshka_dims, to which embeddings are cut (arXiv 2205.13147).
+
+    Raises:
+        ValueError: the folder holds no trained embedder, or this width was not trained.
+    """
     folder = Path(path)
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder")
     if (folder / "model").is_dir():
         folder = folder / "model"
     description = read_description(folder)
+    if dim is not None and dim not in description.matryoshka_dims:
+        trained = ", ".join(map(str, description.matryoshka_dims)) or "the full width alone"
+        raise ValueError(f"dim={dim} was not trained in {folder} (loss.matryoshka_dims: {trained}); take one that was")
     # The saved tokenizer holds the markers already; which of them have trained rows is known from the saved tokens.
     tokenizer = load_tokenizer(str(folder), description.template)
     if description.fingerprint != tokenizer.fingerprint:
@@ -131,7 +145,7 @@ def load_embedder(path: str | Path, chunk_tokens: int | None = None, show_progre
     embedder = _build(description.model, tokenizer, description.limits, chunk_tokens, show_progress)
     load_adapter(embedder.encoder, folder)
     embedder.encoder.to(embedder.device).eval()
-    return embedder
+    return dataclasses.replace(embedder, dim=dim)
 
 
 def load_base_embedder(

@@ -45,6 +45,8 @@ class StepMetrics:
     passages_saved: float  # share of candidates that needed no encoding of their own
     examples_missing: int  # drawn, but there were not enough rows that may be shown
     negatives_repeated: int  # to fill groups, where the recipe asks for it
+    negatives_filtered: int  # suspected false negatives that the loss left out, copies counted, all ranks together
+    negatives_shown: int  # in-batch negatives left out because their query's examples show them
     rows_revisited: int
     clipped: bool
 
@@ -77,11 +79,12 @@ def peak_memory_gib(device: torch.device) -> float:
 def step_line(m: StepMetrics, total_steps: int, seconds_left: float) -> str:
     """The one line a step that people watch."""
     minutes, seconds = divmod(int(seconds_left), 60)
+    filtered = f"{m.negatives_filtered:,} filtered | " if m.negatives_filtered else ""
     return (
         f"step {m.step + 1}/{total_steps} | {m.dataset} | loss {m.loss:.4f} | grad {m.grad_norm:.2f}"
         f"{' clipped' if m.clipped else ''} | lr {m.lr:.2e} | {m.queries_per_second:.1f} q/s | "
         f"{m.tokens_per_second:,.0f} tok/s | mem {m.memory_gib:.2f} GiB | {m.chunks} chunks x {m.passes} | "
-        f"{m.examples_per_query:.1f} examples/q | {m.seconds:.2f} s | "
+        f"{m.examples_per_query:.1f} examples/q | {filtered}{m.seconds:.2f} s | "
         f"eta {minutes // 60}h{minutes % 60:02d}m{seconds:02d}s"
     )
 
