@@ -1,4 +1,4 @@
-"""The topic trainer of prove.py: runs that no kill harms, costs that do not grow with the batch, memory at the start."""
+"""The topic trainer of prove.py: runs that no kill harms, costs that do not grow with the batch, memory at start."""
 
 import hashlib
 import json
@@ -77,7 +77,7 @@ def kills(recipe: Path) -> list[Row]:
     shown = ", ".join(f"{count} x {kind}" for kind, count in sorted(kinds.items()))
     return [
         row(
-            f"a run of {STEPS} steps on 2 ranks (ZeRO-3, dropout, several chunks a step, a checkpoint every other step), "
+            f"a run of {STEPS} steps on 2 ranks (ZeRO-3, dropout, several chunks a step, saved every other step), "
             f"killed {KILLS} times at random moments and started again",
             "every checkpoint of it equals the undisturbed run's, weights and moments, bit for bit",
             f"{shown}; {len(wrong)} checkpoints differ; it came to its end {finished + 1} times; exit codes "
@@ -167,7 +167,8 @@ def kept_graphs(recipe: Path) -> list[Row]:
             f"all {one['chunks']} chunks of a step keep their graphs (ZeRO-1), against one",
             "same loss, less time, more memory",
             f"CPU {every['cpu_seconds']:.1f} against {one['cpu_seconds']:.1f} s ({ratio:.2f} x), peak "
-            f"{every['peak_mib']:.0f} against {one['peak_mib']:.0f} MiB, {every['passes']} against {one['passes']} passes",
+            f"{every['peak_mib']:.0f} against {one['peak_mib']:.0f} MiB, {every['passes']} against {one['passes']} "
+            "passes",
             ratio < 1 and abs(every["loss"] - one["loss"]) <= 1e-5 * abs(one["loss"]),
         )
     ]

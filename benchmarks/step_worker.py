@@ -110,7 +110,7 @@ def main(recipe: str, out: str, mode: str, overrides: list[str]) -> None:
     records = []
     if mode == "sets":
         for plan in first_plans(store, schedule):
-            inputs = prepare_step(store, limits, plan, ranks, settings.run.chunk_tokens)
+            inputs = prepare_step(store, limits, plan, ranks, settings.run.chunk_tokens, settings.loss.mask_shown)
             record, started = step_record(store, plan, inputs, limits, ranks), time.perf_counter()
             result = run_step(engine, inputs, settings, ranks)
             norm = take_step(engine, settings.optim.lr)
@@ -124,7 +124,7 @@ def main(recipe: str, out: str, mode: str, overrides: list[str]) -> None:
             record = {"dataset": store.datasets[plan.dataset].name, "saved": share_saved(plan)}
             # The first of two rounds warms up the allocator.
             for arm, twin in [*twins.items(), *twins.items()]:
-                inputs = prepare_step(store, limits, twin, ranks, settings.run.chunk_tokens)
+                inputs = prepare_step(store, limits, twin, ranks, settings.run.chunk_tokens, settings.loss.mask_shown)
                 started = cpu_seconds()
                 result = run_step(engine, inputs, settings, ranks)
                 record[f"cpu_seconds_{arm}"] = sum(gather_values(cpu_seconds() - started, ranks))
@@ -133,7 +133,7 @@ def main(recipe: str, out: str, mode: str, overrides: list[str]) -> None:
             records.append(record)
     else:
         plan = first_plans(store, schedule)[0]
-        inputs = prepare_step(store, limits, plan, ranks, settings.run.chunk_tokens)
+        inputs = prepare_step(store, limits, plan, ranks, settings.run.chunk_tokens, settings.loss.mask_shown)
         record = step_record(store, plan, inputs, limits, ranks)
         before, started = memory_mib("VmRSS"), cpu_seconds()
         Path("/proc/self/clear_refs").write_text("5")  # resets the peak

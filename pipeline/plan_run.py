@@ -13,6 +13,7 @@ import numpy as np
 from pipeline.data.composing import plan_lengths
 from pipeline.data.packing import deal
 from pipeline.data.sampling import Schedule, check_world_size, make_schedule, plan_step, share_saved
+from pipeline.data.shown import count_shown
 from pipeline.data.store import TokenStore, open_store, require_match
 from pipeline.datatypes import RULES, BatchPlan
 from pipeline.prompts import Template, get_template, render_query
@@ -53,6 +54,7 @@ def step_report(store: TokenStore, schedule: Schedule, plan: BatchPlan, world_si
         ("examples left out", f"{plan.num_examples_dropped} over the limit, {plan.num_examples_missing} not found"),
         ("candidates", f"{group_B.sum()}, {group_B.min()} to {group_B.max()} a row"),
         ("in-batch negatives", "yes" if plan.in_batch_negatives else "no"),
+        ("shown in-batch", f"{count_shown(plan)} negatives that their query's examples show"),
         ("negatives repeated", str(plan.num_candidates_repeated)),
         ("passages to encode", f"{plan.num_passages} ({share_saved(plan):.1%} of the candidates saved)"),
     ]

@@ -149,11 +149,29 @@ class BatchSettings:
 
 @dataclass(frozen=True)
 class LossSettings:
-    """InfoNCE (paper, section 3.2) and distillation from the rows' teacher scores."""
+    """InfoNCE (paper, section 3.2), distillation from the rows' teacher scores, and options that are off here."""
 
     temperature: float = 0.02
     distillation: Literal["kl_div", "m3_kd"] = "kl_div"
     distillation_weight: float = 1.0  # for rows with scores
+    teacher_temperature: float = 1.0  # distils softmax(scores / this): above 1 softer, below 1 sharper
+    # Suspected false negatives, left out of InfoNCE and counted. Set one of the two; null: none are.
+    filter_margin: float | None = None  # leave out what scores above the positive's cosine + this (may be negative)
+    filter_ratio: float | None = None  # leave out what scores above this x the positive's cosine
+    mask_shown: bool = False  # what a query's examples show is no in-batch negative of that query
+    matryoshka_dims: tuple[int, ...] = ()  # the first n numbers of an embedding are trained as an embedding, too
+    matryoshka_weights: tuple[float, ...] = ()  # of their losses, one each; empty: 1. The full width weighs 1
+
+    @property
+    def filters_negatives(self) -> bool:
+        """Whether suspected false negatives are looked for at all."""
+        return self.filter_margin is not None or self.filter_ratio is not None
+
+    @property
+    def matryoshka(self) -> tuple[tuple[int, float], ...]:
+        """(width, weight) of each truncation."""
+        weights = self.matryoshka_weights or (1.0,) * len(self.matryoshka_dims)
+        return tuple(zip(self.matryoshka_dims, weights, strict=True))
 
 
 @dataclass(frozen=True)
@@ -395,6 +413,7 @@ def _validate(s: Settings) -> None:
             f"evaluation.every={s.evaluation.every} and evaluation.tasks={list(s.evaluation.tasks)} belong together: "
             "name both, or neither"
         )
+    _validate_loss(s.loss, b.examples)
     if list(p.bucket_edges) != sorted(set(p.bucket_edges)):
         raise ValueError(f"preprocess.bucket_edges={p.bucket_edges} must be rising and distinct")
     names = [d.name for d in s.data.datasets]
@@ -408,6 +427,41 @@ def _validate(s: Settings) -> None:
         if d.group_size is not None and d.group_size < 1:
             raise ValueError(f"data.datasets[{i}].group_size={d.group_size} must be at least 1")
         _validate_source(d, f"data.datasets[{i}]")
+
+
+def _validate_loss(loss: LossSettings, examples: ExampleSettings) -> None:
+    """Options of the loss; that no width is above the model's is checked where the model is known."""
+    margin, ratio = loss.filter_margin, loss.filter_ratio
+    if margin is not None and ratio is not None:
+        raise ValueError(
+            f"loss.filter_margin={margin} and loss.filter_ratio={ratio} say the same thing in two ways; set one to null"
+        )
+    if margin is not None and not -1 <= margin <= 1:
+        raise ValueError(
+            f"loss.filter_margin={margin} must lie in -1..1: it is added to a cosine, 0.1 spares all but what clearly "
+            "beats the positive; null turns the filter off"
+        )
+    if ratio is not None and not 0 < ratio < 2:
+        raise ValueError(
+            f"loss.filter_ratio={ratio} must lie in 0..2 (both excluded): 0.95 leaves out what scores above 95 % of "
+            "the positive; null turns the filter off"
+        )
+    shows = examples.asked_for and examples.mode != "filler"
+    if loss.mask_shown and not shows:
+        raise ValueError(
+            f"loss.mask_shown=True, but batch.examples.mode={examples.mode} with max_examples={examples.max_examples} "
+            "shows no passage to any query; set loss.mask_shown=false"
+        )
+    dims, weights = loss.matryoshka_dims, loss.matryoshka_weights
+    if list(dims) != sorted(set(dims)) or any(dim < 1 for dim in dims):
+        raise ValueError(f"loss.matryoshka_dims={list(dims)} must be rising, distinct and above 0")
+    if weights and len(weights) != len(dims):
+        raise ValueError(
+            f"loss.matryoshka_weights={list(weights)} must hold one weight for each of loss.matryoshka_dims="
+            f"{list(dims)} (the full width weighs 1), or nothing"
+        )
+    if not all(0 < weight < math.inf for weight in weights):
+        raise ValueError(f"loss.matryoshka_weights={list(weights)} must be above 0 and finite")
 
 
 def _validate_source(d: DatasetSettings, where: str) -> None:
@@ -444,6 +498,7 @@ def _require_positive(s: Settings) -> None:
         "batch.symmetric_queries": s.batch.symmetric_queries,
         "batch.group_size": s.batch.group_size,
         "loss.temperature": s.loss.temperature,
+        "loss.teacher_temperature": s.loss.teacher_temperature,
         "optim.lr": s.optim.lr,
         "optim.clip_norm": s.optim.clip_norm,
         "optim.epochs": s.optim.epochs,

@@ -32,6 +32,7 @@ from pipeline.files import file_sha256, locked, write_text
 from pipeline.inference.embedder import FewShotEmbedder
 from pipeline.inference.saving import save_model
 from pipeline.model.encoder import Encoder, choose_trained, load_encoder, require_rows
+from pipeline.model.loss import require_dims
 from pipeline.prompts import get_template
 from pipeline.runtime.checkpoint import TrainState, find_checkpoint, load_checkpoint, save_checkpoint
 from pipeline.runtime.engine import (
@@ -129,6 +130,7 @@ def set_up(settings: Settings, ranks: Ranks, watch: Watch) -> Run:
     with sharded_loading(settings.run.deepspeed, settings.optim, settings.model.dtype):
         encoder = load_encoder(settings.model, *markers, ranks.device.type, gathered)
     require_rows(encoder, tokenizer.largest_id)
+    require_dims(settings.loss, encoder.width)
     torch.manual_seed(settings.run.seed)
     choose_trained(encoder, settings.model)
     encoder.train()
@@ -195,7 +197,7 @@ def train_steps(run: Run, state: TrainState, loader: Executor) -> TrainState:
 
     def load(step: int) -> StepInputs:
         plan = plan_step(run.store, run.schedule, step)
-        return prepare_step(run.store, limits, plan, ranks, settings.run.chunk_tokens)
+        return prepare_step(run.store, limits, plan, ranks, settings.run.chunk_tokens, settings.loss.mask_shown)
 
     coming = loader.submit(load, state.step)
     while state.step < run.total_steps:

@@ -8,6 +8,7 @@ from collections import defaultdict
 
 import pytest
 import torch
+from gradient_worker import options_file
 from launching import REPOSITORY, launch, require_success, run_python
 from safetensors.torch import load_file
 
@@ -24,10 +25,15 @@ def recipe(tiny_training):
 
 
 @pytest.fixture(scope="module")
-def reference(recipe, tmp_path_factory):
+def reference_file(recipe, tmp_path_factory):
     out = tmp_path_factory.mktemp("reference") / "gradients.safetensors"
     require_success(run_python(WORKER, ["reference", str(recipe), str(out)]))
-    return load_file(out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def reference(reference_file):
+    return load_file(reference_file)
 
 
 STAGES = "0,1,2,3,3load,0keep,1keep,2keep"  # load: the model came sharded; keep: three graphs alive
@@ -38,12 +44,18 @@ def relative_error(value: torch.Tensor, truth: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_every_zero_stage_and_chunk_count_gives_the_reference_gradient(world_size, recipe, reference, tmp_path):
+def test_every_zero_stage_and_chunk_count_gives_the_reference_gradient(
+    world_size, recipe, reference, reference_file, tmp_path
+):
     out = tmp_path / "gradients.safetensors"
-    require_success(launch(WORKER, ["engine", str(recipe), str(out), STAGES], world_size))
+    stages = STAGES if world_size == 1 else f"{STAGES},3options"
+    require_success(launch(WORKER, ["engine", str(recipe), str(out), stages], world_size))
     gradients = load_file(out)
     names = {key.split("|", 1)[1] for key in reference}
     assert any("marker_rows" in name for name in names) and any("lora_A" in name for name in names)
+    with_options = {key: gradients.pop(key) for key in list(gradients) if key.startswith("3options")}
+    if world_size > 1:
+        check_with_options(with_options, load_file(options_file(reference_file)))
     chunk_counts, compared = defaultdict(set), 0
     for key, value in gradients.items():
         stage, budget, task_type, name = key.split("|")
@@ -57,6 +69,25 @@ def test_every_zero_stage_and_chunk_count_gives_the_reference_gradient(world_siz
     wanted = 3 if world_size < 3 else 2  # a third of so small a batch has no more
     assert len(chunk_counts) == 5 and all(len(counts) >= wanted for counts in chunk_counts.values()), chunk_counts
     assert all(1 in counts for counts in chunk_counts.values())
+
+
+def check_with_options(gradients, reference):
+    """Every option of the loss at once, caching, sharding and all: gradients, and what was masked on both ranks."""
+    compared = 0
+    for key, value in gradients.items():
+        name = key.split("|", 2)[2]
+        if name.endswith("chunks"):
+            continue
+        if name.endswith("counts"):
+            assert value.tolist() == reference[name].tolist(), key
+        else:
+            error = relative_error(value, reference[name])
+            assert error <= 1e-5, f"{key}: relative error {error:.1e}"
+        compared += 1
+    assert compared == 3 * len(reference)
+    masked = {key: value.tolist() for key, value in reference.items() if key.endswith("counts")}
+    assert all(num_filtered > 0 for num_filtered, _ in masked.values()), masked
+    assert all(masked[f"{task_type}|counts"][1] > 0 for task_type in ("normal", "only_1neg")), masked
 
 
 def test_bf16_with_activation_checkpointing_stays_near_the_fp32_reference(recipe, reference, tmp_path):

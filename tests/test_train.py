@@ -12,8 +12,11 @@ import torch
 from launching import REPOSITORY, environment, launch, require_success, run_python
 from safetensors.torch import load_file, save_file
 
-from pipeline.data.store import read_manifest
+from pipeline.data.sampling import make_schedule, plan_step
+from pipeline.data.shown import count_shown
+from pipeline.data.store import open_store, read_manifest
 from pipeline.evaluation.during import record_scores
+from pipeline.inference.description import read_description
 from pipeline.inference.embedder import load_base_embedder, load_embedder
 from pipeline.model.encoder import choose_trained, load_encoder, trainable_parameters
 from pipeline.preprocess import main as preprocess
@@ -28,6 +31,7 @@ from pipeline.train import learning_rate
 TRAIN = REPOSITORY / "pipeline" / "train.py"
 # Two ranks, ZeRO-3, several chunks a step, dropout: what makes exact resume hard.
 COMMON = ["model.lora.dropout=0.1", "optim.max_steps=6", "run.save_every=3", "run.chunk_tokens=300"]
+COMMON += ["loss.filter_margin=0.05", "loss.mask_shown=true", "loss.matryoshka_dims=[16]"]
 
 
 @pytest.fixture(scope="module")
@@ -72,8 +76,21 @@ def test_run_folder_holds_everything(whole_run):
     assert len(losses(out)) == 6 and stdout.count("| loss ") == 6
     metrics = json.loads((out / "metrics.jsonl").read_text().splitlines()[0])
     assert metrics["chunks"] >= 2 and metrics["passes"] == 2 * metrics["chunks"] - 1 and metrics["tokens"] > 0
+    assert read_description(out / "model").matryoshka_dims == (16,)
     adapter = load_file(out / "model" / "adapter_model.safetensors")
     assert all(value.norm() > 0 for name, value in adapter.items() if "lora_B" in name)
+
+
+def test_masked_negatives_are_counted(recipe, whole_run):
+    out, stdout = whole_run
+    metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    settings = load_settings(recipe)
+    store = open_store(settings.data.store)
+    schedule = make_schedule(store, settings)
+    shown = [count_shown(plan_step(store, schedule, step)) for step in range(6)]
+    assert [m["negatives_shown"] for m in metrics] == shown and sum(shown) > 0
+    filtered = [m["negatives_filtered"] for m in metrics]
+    assert any(filtered) and stdout.count(" filtered |") == sum(n > 0 for n in filtered)
 
 
 def test_resume_on_the_same_ranks_is_bit_for_bit(recipe, whole_run, tmp_path):
@@ -188,12 +205,13 @@ def test_a_run_goes_on_from_an_adapter(recipe, whole_run, tmp_path):
 
 
 def test_resume_on_other_ranks_and_stage_is_close(recipe, tmp_path):
-    """Dropout draws go by rank and chunk, so closeness across world sizes is asked of a run without dropout."""
+    """Dropout draws go by rank and chunk, and a filter may turn on rounding: so this is asked of a run without them."""
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    require_success(train(recipe, whole, "model.lora.dropout=0.0"))
+    smooth = ["model.lora.dropout=0.0", "loss.filter_margin=null"]
+    require_success(train(recipe, whole, *smooth))
     cut_back(whole, cut)
     stage1 = f"run.deepspeed={recipe.parent / 'zero1.json'}"
-    require_success(train(recipe, cut, "model.lora.dropout=0.0", stage1, world_size=1))
+    require_success(train(recipe, cut, *smooth, stage1, world_size=1))
     assert losses(cut) == pytest.approx(losses(whole), rel=1e-5)
     truth = load_file(whole / "checkpoints" / "step-000006" / "weights.safetensors")
     resumed = load_file(cut / "checkpoints" / "step-000006" / "weights.safetensors")
@@ -251,6 +269,7 @@ def one_error(result):
         ("run.chunk_tokens=10", "run.chunk_tokens=10 cannot hold one sequence"),
         ("preprocess.bucket_edges=[7]", "was made with other settings"),
         ("preprocess.max_query_tokens=40", "was made with other settings"),
+        ("loss.matryoshka_dims=[64]", "loss.matryoshka_dims=[64] must lie below the model's width, 64"),
     ],
 )
 def test_bad_input_is_one_clear_message(recipe, whole_run, tmp_path, override, message):

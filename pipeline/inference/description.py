@@ -23,6 +23,7 @@ class EmbedderDescription:
     limits: Limits
     tokens: PromptTokens
     fingerprint: str  # of the tokenizer with markers
+    matryoshka_dims: tuple[int, ...] = ()  # widths below the full one that were trained
 
 
 def read_description(folder: str | Path) -> EmbedderDescription:
@@ -45,6 +46,7 @@ def read_description(folder: str | Path) -> EmbedderDescription:
             limits=Limits(**{f.name: tree["limits"][f.name] for f in dataclasses.fields(Limits)}),
             tokens=PromptTokens(**_tuples(tree["prompt_tokens"])),
             fingerprint=tree["tokenizer_fingerprint"],
+            matryoshka_dims=tuple(tree.get("matryoshka_dims", ())),  # folders from before it was written have none
         )
     except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} cannot be read ({error}); it was written by another version or damaged") from error

@@ -43,6 +43,7 @@ class FewShotEmbedder:
     show_progress: bool = True
     # (this rank, how many): ranks that share the encoding. Each must make the same calls, and each gets all embeddings.
     place: tuple[int, int] = (0, 1)
+    dim: int | None = None  # embeddings are cut to this width and made unit vectors again; None: the full width
 
     def encode_queries(self, texts: Sequence[str], instruction: str, examples: Sequence[Example] = ()) -> np.ndarray:
         """Embed queries behind an instruction and in-context examples of the same task.
@@ -94,8 +95,7 @@ class FewShotEmbedder:
     def _encode(self, ids: Sequence[np.ndarray], what: str) -> np.ndarray:
         """Encode composed sequences longest first, so that a chunk holds like lengths and memory peaks at once."""
         if not ids:
-            width = int(self.encoder.decoder.config.hidden_size)
-            return np.zeros((0, width), dtype=np.float32)
+            return np.zeros((0, self.dim or self.encoder.width), dtype=np.float32)
         order = sorted(range(len(ids)), key=lambda s: (-len(ids[s]), s))
         chunks = _chunks(order, [len(i) for i in ids], self.chunk_tokens)
         rank, num_ranks = self.place
@@ -112,6 +112,8 @@ class FewShotEmbedder:
                     torch.from_numpy(chunk.cu_seqlens).to(self.device),
                     chunk.max_seqlen,
                 )
+                if self.dim is not None:
+                    embeddings_SD = torch.nn.functional.normalize(embeddings_SD[:, : self.dim], dim=1)
                 found[number] = embeddings_SD.float().cpu().numpy()
                 bar.update(len(sequence_S))
         if num_ranks > 1:
@@ -124,14 +126,26 @@ class FewShotEmbedder:
         return embeddings_ND
 
 
-def load_embedder(path: str | Path, chunk_tokens: int | None = None, show_progress: bool = True) -> FewShotEmbedder:
-    """A trained embedder from a run folder or from its model/ folder; ValueError where it is not one."""
+def load_embedder(
+    path: str | Path, chunk_tokens: int | None = None, show_progress: bool = True, dim: int | None = None
+) -> FewShotEmbedder:
+    """A trained embedder from a run folder or from its model/ folder.
+
+    Args:
+        dim: a width of loss.matryoshka_dims, to which embeddings are cut (arXiv 2205.13147).
+
+    Raises:
+        ValueError: the folder holds no trained embedder, or this width was not trained.
+    """
     folder = Path(path)
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder")
     if (folder / "model").is_dir():
         folder = folder / "model"
     description = read_description(folder)
+    if dim is not None and dim not in description.matryoshka_dims:
+        trained = ", ".join(map(str, description.matryoshka_dims)) or "the full width alone"
+        raise ValueError(f"dim={dim} was not trained in {folder} (loss.matryoshka_dims: {trained}); take one that was")
     # The saved tokenizer holds the markers already; which of them have trained rows is known from the saved tokens.
     tokenizer = load_tokenizer(str(folder), description.template)
     if description.fingerprint != tokenizer.fingerprint:
@@ -145,7 +159,7 @@ def load_embedder(path: str | Path, chunk_tokens: int | None = None, show_progre
     if description.model.trained == "lora":
         load_adapter(embedder.encoder, folder)
     embedder.encoder.to(embedder.device).eval()
-    return embedder
+    return dataclasses.replace(embedder, dim=dim)
 
 
 def load_base_embedder(

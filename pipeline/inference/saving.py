@@ -4,7 +4,7 @@ adapter_config.json, adapter_model.safetensors   PEFT's own form (keys of the de
 config.json, model.safetensors                   instead of them where every weight was trained
 markers.safetensors                              trained rows of the template's new markers, if it has any
 tokenizer files                                  with the markers added
-embedder.json                                    base model, layers, attention, pooling, template, limits
+embedder.json                                    base model, layers, attention, pooling, template, limits, widths
 examples.json                                    a few (query, response) pairs of every training set
 """
 
@@ -93,6 +93,7 @@ def _description(tokenizer: PromptTokenizer, settings: Settings) -> dict[str, An
         "prompt_tokens": dataclasses.asdict(tokenizer.tokens),
         "tokenizer_fingerprint": tokenizer.fingerprint,
         "limits": dataclasses.asdict(Limits.from_settings(settings.preprocess)),
+        "matryoshka_dims": settings.loss.matryoshka_dims,
     }
 
 

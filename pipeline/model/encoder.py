@@ -62,6 +62,12 @@ class Encoder(nn.Module):
         self.pooling = pooling
         self.gives_last_rows = pooling == "last" and keep_last_rows(decoder)
 
+    @property
+    def width(self) -> int:
+        """Numbers of an embedding."""
+        config: Any = self.decoder.config
+        return int(config.hidden_size)
+
     def forward(self, input_ids_T: Tensor, position_ids_T: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
         """embeddings_SD, fp32, L2-normalised, for the S sequences that `cu_seqlens` (int32, S + 1) cuts out."""
         hidden = self.decoder(

@@ -50,6 +50,8 @@ class StepMetrics:
     passages_saved: float  # share of candidates that needed no encoding of their own
     examples_missing: int  # drawn, but there were not enough rows that may be shown
     negatives_repeated: int  # to fill groups, where the recipe asks for it
+    negatives_filtered: int  # suspected false negatives that the loss left out, copies counted, all ranks together
+    negatives_shown: int  # in-batch negatives left out because their query's examples show them
     rows_revisited: int
     clipped: bool
     skipped: bool  # loss or gradient was not finite: the weights did not move
@@ -89,6 +91,8 @@ def step_metrics(
         passages_saved=share_saved(plan),
         examples_missing=plan.num_examples_missing,
         negatives_repeated=plan.num_candidates_repeated,
+        negatives_filtered=result.num_filtered,
+        negatives_shown=inputs.num_negatives_shown,
         rows_revisited=plan.num_rows_revisited,
         clipped=norm > clip_norm,
         skipped=math.isnan(norm),
@@ -123,12 +127,13 @@ def peak_memory_gib(device: torch.device) -> float:
 def step_line(m: StepMetrics, total_steps: int, seconds_left: float) -> str:
     """The one line a step that people watch."""
     minutes, seconds = divmod(int(seconds_left), 60)
+    filtered = f"{m.negatives_filtered:,} filtered | " if m.negatives_filtered else ""
     return (
         f"step {m.step + 1}/{total_steps} | {m.dataset} | loss {m.loss:.4f} | grad {m.grad_norm:.2f}"
         f"{' clipped' if m.clipped else ''}{' NOT TAKEN' if m.skipped else ''} | lr {m.lr:.2e} | "
         f"{m.queries_per_second:.1f} q/s | {m.tokens_per_second:,.0f} tok/s | "
         f"mem {m.memory_gib:.2f} GiB | {m.chunks} chunks, {m.passes} passes | "
-        f"{m.examples_per_query:.1f} examples/q | {m.seconds:.2f} s | "
+        f"{m.examples_per_query:.1f} examples/q | {filtered}{m.seconds:.2f} s | "
         f"eta {minutes // 60}h{minutes % 60:02d}m{seconds:02d}s"
     )
 

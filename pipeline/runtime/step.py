@@ -14,12 +14,14 @@ from torch import Tensor
 
 from pipeline.data.composing import Limits, plan_lengths, sequence_ids
 from pipeline.data.packing import deal, pack_chunk
+from pipeline.data.shown import count_shown
 from pipeline.data.store import TokenStore
 from pipeline.datatypes import BatchPlan, PackedChunk
 from pipeline.model.grad_cache import two_pass_step
-from pipeline.model.loss import LossTargets, contrastive_loss
+from pipeline.model.loss import LossTargets, contrastive_loss, count_filtered
 from pipeline.runtime.engine import one_reduction, take_step
 from pipeline.runtime.ranks import Ranks, gather_embeddings, gather_values, sum_over_ranks
+from pipeline.runtime.targets import loss_targets
 from pipeline.runtime.watch import Watch, pass_boundary
 from pipeline.settings import Settings
 
@@ -38,19 +40,26 @@ class StepInputs:
     rows: slice
     num_tokens: int
     num_chunks: int
+    num_negatives_shown: int
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """loss: mean over all rows of the step. num_passes: forward passes of one rank over all its chunks."""
+    """loss: mean over all rows of the step. num_passes: forward passes of one rank over all its chunks.
+
+    num_filtered: candidates of all rows left out as suspected false negatives; 0 where the filter is off.
+    """
 
     loss: float
     num_passes: int
+    num_filtered: int
     fault: str  # what is not finite, and on which rank; empty: nothing
     seconds: dict[str, float]  # of pass_1, loss (with the exchange of embeddings), pass_2, reduce (over the ranks)
 
 
-def prepare_step(store: TokenStore, limits: Limits, plan: BatchPlan, ranks: Ranks, chunk_tokens: int) -> StepInputs:
+def prepare_step(
+    store: TokenStore, limits: Limits, plan: BatchPlan, ranks: Ranks, chunk_tokens: int, mask_shown: bool
+) -> StepInputs:
     """Deal the plan's sequences to the ranks, pack this rank's chunks, cut out its rows of the loss."""
     length_S = plan_lengths(store, limits, plan)
     dealt = deal(length_S, ranks.world_size, chunk_tokens)
@@ -64,39 +73,11 @@ def prepare_step(store: TokenStore, limits: Limits, plan: BatchPlan, ranks: Rank
         plan=plan,
         chunks=chunks,
         sequences_of_rank=[np.concatenate(chunks_of_rank) for chunks_of_rank in dealt],
-        targets=loss_targets(plan, rows, ranks.device),
+        targets=loss_targets(plan, rows, ranks.device, mask_shown),
         rows=rows,
         num_tokens=int(length_S.sum()),
         num_chunks=len(chunks),
-    )
-
-
-def loss_targets(plan: BatchPlan, rows: slice, device: torch.device) -> LossTargets:
-    """The plan's candidates for the rows of one rank, as tensors."""
-    first, last = plan.group_offsets[rows.start], plan.group_offsets[rows.stop]
-    offsets = plan.group_offsets[rows.start : rows.stop + 1] - first
-    candidate_C = plan.candidate_C[first:last]
-    copies_P = np.bincount(plan.candidate_C, minlength=plan.num_passages)
-    unscored_B = np.add.reduceat(np.isnan(plan.teacher_score_C), plan.group_offsets[:-1]) > 0
-
-    def tensor(array: np.ndarray) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array)).to(device)
-
-    def int32(array: np.ndarray) -> Tensor:
-        assert not len(array) or array.max() < 2**31, "text ids and places in a step fit"
-        return tensor(array.astype(np.int32))
-
-    return LossTargets(
-        candidate_C=int32(candidate_C),
-        row_C=tensor(np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))),
-        group_offsets=int32(offsets),
-        positive_text_B=int32(plan.passage_text_P[candidate_C[offsets[:-1]]]),
-        text_P=int32(plan.passage_text_P),
-        copies_P=int32(copies_P) if plan.in_batch_negatives else None,
-        teacher_score_C=tensor(plan.teacher_score_C[first:last]),
-        num_rows=plan.num_queries,
-        num_scored_rows=int((~unscored_B).sum()),
-        longest_group=int(np.diff(offsets).max(initial=0)),
+        num_negatives_shown=count_shown(plan) if mask_shown else 0,
     )
 
 
@@ -121,6 +102,7 @@ def run_step(
     that is replayed after a restart makes the same draws.
     """
     plan, num_encoded, local_is_finite = inputs.plan, 0, torch.tensor(True)
+    num_filtered = torch.zeros((), dtype=torch.int64, device=ranks.device)
     moments = [_moment(ranks.device)]
 
     def encode(chunk: PackedChunk) -> Tensor:
@@ -141,6 +123,9 @@ def run_step(
         query_BD, passage_PD = all_SD[inputs.rows], all_SD[plan.num_queries :]
         # Embeddings stay fp32: the loss is a millionth of a step's arithmetic, and bf16 costs 0.3 % of the gradient.
         share = contrastive_loss(query_BD, passage_PD, inputs.targets, settings.loss, settings.model.embed_kernels)
+        if settings.loss.filters_negatives:
+            mine = count_filtered(query_BD, passage_PD, inputs.targets, settings.loss)
+            num_filtered.copy_(sum_over_ranks(mine, ranks))
         share.backward()
         assert all_SD.grad is not None
         # DeepSpeed averages gradients over the ranks; the loss is one mean over all rows, so undo that here.
@@ -175,6 +160,7 @@ def run_step(
     return StepResult(
         loss=float(result.loss),
         num_passes=result.num_passes,
+        num_filtered=int(num_filtered),
         fault=f"the {FAULTS[worst]} of rank {bad}" if worst else "",
         seconds={name: stop - start for name, start, stop in zip(PHASES, moments[:-1], moments[1:], strict=True)},
     )
