@@ -127,12 +127,14 @@ def run_engine(settings: Settings, recipe: str, out: str, stages: str) -> None:
 
     ranks, store, limits, plans = start_rank(settings)
     gradients = {}
-    # 2keep: stage 2 with several live graphs; 3load: the model came sharded; 3options: every option of the loss
+    # 2keep: stage 2 with several live graphs; 3load: the model came sharded; 3options: every option of the loss;
+    # 3offload, 3hpz: those configs, as training loads them
     for stage in stages.split(","):
         run = replace(settings.run, keep_graphs=3 if stage.endswith("keep") else 1)
         loss = all_options(settings.loss) if stage.endswith("options") else settings.loss
-        config = Path(recipe).parent / f"zero{stage[0]}.json"
-        if stage.endswith("load"):
+        kind = f"_{stage[1:]}" if stage[1:] in ("offload", "hpz") else ""
+        config = Path(recipe).parent / f"zero{stage[0]}{kind}.json"
+        if stage.endswith("load") or kind:
             with sharded_loading(config, settings.optim, settings.model.dtype):
                 encoder = build_encoder(settings, store.manifest.tokens, gathered=gathered)
         else:
