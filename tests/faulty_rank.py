@@ -17,23 +17,26 @@ import time
 
 from pipeline import train
 from pipeline.runtime import checkpoint, step
+from pipeline.training import steps
 
 kind, rank, at, *rest = os.environ["FAULT"].split()
 here = os.environ.get("RANK", "0") == rank
 encode_chunk, save_checkpoint, sync = step.encode_chunk, checkpoint.save_checkpoint, checkpoint.sync
-run_step, num_encoded, current = train.run_step, 0, -1
+run_step, num_encoded, current = steps.run_step, 0, -1
 
 
-def run_faulty_step(engine, inputs, *arguments):
+def run_faulty_step(engine, inputs, settings, ranks, watch):
     global current, num_encoded
     current, num_encoded = inputs.plan.step, 0
     if kind == "stall" and current == int(at):
-        time.sleep(600)
-    if kind == "nan" and current == int(at):
+        watch.max_stall_seconds = 4  # on all ranks: their start may take longer than a test should wait
+        if here:
+            time.sleep(600)
+    if kind == "nan" and here and current == int(at):
         for p in engine.parameters():
             if p.requires_grad:
                 p.data.fill_(math.nan)
-    return run_step(engine, inputs, *arguments)
+    return run_step(engine, inputs, settings, ranks, watch)
 
 
 def encode_faulty(*arguments):
@@ -54,8 +57,9 @@ def save_faulty(folder, state, *arguments):
 
 
 if __name__ == "__main__":
+    steps.run_step = run_faulty_step
     if here:
-        train.run_step, step.encode_chunk, train.save_checkpoint = run_faulty_step, encode_faulty, save_faulty
+        step.encode_chunk, steps.save_checkpoint = encode_faulty, save_faulty
         if kind == "odd":
             sys.argv += rest
     raise SystemExit(train.main())

@@ -12,7 +12,7 @@ from pipeline.command_line import COMMANDS
 
 ROOT = Path(__file__).resolve().parents[1]
 PIPELINE = ROOT / "pipeline"
-ROOMS = ("data", "model", "runtime", "inference", "evaluation", "mining", "reporting")
+ROOMS = ("data", "model", "runtime", "inference", "evaluation", "mining", "reporting", "training")
 
 # What a room may import from the pipeline. Entries (the other files directly in pipeline/) may import all of it, and
 # nobody imports an entry.
@@ -29,6 +29,7 @@ ALLOWED = {
     "evaluation": LEAVES | {"settings", "inference", "evaluation"},
     "reporting": LEAVES | {"settings", "data", "reporting"},
     "mining": LEAVES | {"settings", "data", "inference", "mining"},
+    "training": LEAVES | {"settings", "data", "model", "runtime", "inference", "evaluation", "training"},
     "entry": LEAVES | {"settings", *ROOMS},
 }
 

@@ -72,7 +72,7 @@ def test_stopped_and_killed_runs_end_with_the_weights_of_an_undisturbed_one(reci
 
 
 def test_a_rank_that_stands_still_ends_the_run_and_is_named(recipe, tmp_path, monkeypatch):
-    result = run(recipe, tmp_path, "run.max_stall_seconds=4", fault="stall 1 2", monkeypatch=monkeypatch)
+    result = run(recipe, tmp_path, fault="stall 1 2", monkeypatch=monkeypatch)
     assert result.returncode == LOST
     assert "rank 0 has stood at step 2, forward pass 1 over" in result.stderr
     assert "the others wait for rank 1, last seen at step 1, forward pass 5 over" in result.stderr

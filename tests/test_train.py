@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import subprocess
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -26,7 +27,7 @@ from pipeline.runtime.ranks import read_ranks
 from pipeline.runtime.runlog import require_tracker
 from pipeline.runtime.watch import NOT_FINITE
 from pipeline.settings import LoraSettings, OptimSettings, load_settings
-from pipeline.train import learning_rate
+from pipeline.training.steps import learning_rate
 
 TRAIN = REPOSITORY / "pipeline" / "train.py"
 # Two ranks, ZeRO-3, several chunks a step, dropout: what makes exact resume hard.
@@ -174,7 +175,7 @@ def test_full_fine_tuning_resumes_and_leaves_a_model_of_its_own(recipe, tmp_path
 def test_a_run_goes_on_from_an_adapter(recipe, whole_run, tmp_path):
     folder = whole_run[0] / "model"
     settings = load_settings(recipe, [f"model.adapter={folder}"])
-    tokens = read_manifest(settings.data.store).tokens
+    tokens = read_manifest(Path(settings.data.store)).tokens
 
     def build(model):
         encoder = load_encoder(model, tokens.marker_ids, tokens.marker_subtokens)

@@ -103,11 +103,11 @@ def pass_boundary(watch: Watch, place: str) -> None:
 
 
 def _look_out(watch: Watch) -> None:
-    patience = watch.max_stall_seconds + (0.0 if watch.ranks.is_first else _LATER_RANKS_WAIT)
+    later = 0.0 if watch.ranks.is_first else _LATER_RANKS_WAIT
     while True:
-        time.sleep(min(1.0, patience / 20))
+        time.sleep(min(1.0, watch.max_stall_seconds / 20))
         stood = time.monotonic() - watch.since
-        if stood > patience:
+        if stood > watch.max_stall_seconds + later:
             message = (
                 f"error: rank {watch.ranks.rank} has stood at {watch.place} for {stood:.0f} s "
                 f"(run.max_stall_seconds={watch.max_stall_seconds:g}); {who_is_behind(watch)}; its stacks:"
