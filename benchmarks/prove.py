@@ -18,12 +18,15 @@ from proving import PRECISE_MEMORY, REPOSITORY, RUN, WORK, Row, call, row
 QUICKSTART = REPOSITORY / "examples" / "quickstart"
 
 
-def launch_worker(recipe: Path, mode: str, *overrides: str, ranks: int = 2) -> list[Row]:
-    out = WORK / f"{mode}.json"
+def free_port() -> str:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    launcher = ["deepspeed", "--num_accelerators", str(ranks), "--master_port", port]
+        return str(probe.getsockname()[1])
+
+
+def launch_worker(recipe: Path, mode: str, *overrides: str, ranks: int = 2) -> list[Row]:
+    out = WORK / f"{mode}.json"
+    launcher = ["deepspeed", "--num_accelerators", str(ranks), "--master_port", free_port()]
     variables = PRECISE_MEMORY if mode in ("cached", "uncached") else {}
     call([*launcher, "benchmarks/step_worker.py", str(recipe), str(out), mode, *overrides], **variables)
     return json.loads(out.read_text())

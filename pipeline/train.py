@@ -32,7 +32,6 @@ from pipeline.runtime.checkpoint import TrainState, find_checkpoint, load_checkp
 from pipeline.runtime.engine import (
     build_engine,
     one_reduction,
-    read_deepspeed_json,
     read_state,
     start_distributed,
     stop_distributed,
@@ -51,6 +50,7 @@ from pipeline.runtime.runlog import (
     start_metrics,
     step_line,
 )
+from pipeline.runtime.sharding_json import read_deepspeed_json
 from pipeline.runtime.step import StepInputs, StepResult, encode_chunk, prepare_step, run_step
 from pipeline.settings import OptimSettings, Settings, dump_settings, load_settings
 

@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 from pipeline.data.store import read_manifest
 from pipeline.preprocess import main as preprocess
 from pipeline.runtime.checkpoint import TrainState, find_checkpoint, save_checkpoint
-from pipeline.runtime.engine import read_deepspeed_json
 from pipeline.runtime.ranks import read_ranks
 from pipeline.runtime.runlog import require_tracker
+from pipeline.runtime.sharding_json import read_deepspeed_json
 from pipeline.settings import OptimSettings, load_settings
 from pipeline.train import learning_rate
 

@@ -1,16 +1,14 @@
 """The only place that imports deepspeed: recipe + JSON -> engine, and a backward pass that reduces once a step.
 
-The JSON owns sharding, offload and communication; the recipe owns batch, precision, optimizer and clipping. A JSON
-that sets what the recipe owns is an error.
+The JSON owns sharding, offload and communication; the recipe owns batch, precision, optimizer and clipping
+(sharding_json.py).
 """
 
 import contextlib
 import functools
-import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from pydantic import ValidationError
@@ -18,6 +16,7 @@ from torch import Tensor, nn
 
 from pipeline.model.encoder import trainable_parameters
 from pipeline.runtime.ranks import Ranks
+from pipeline.runtime.sharding_json import read_deepspeed_json
 from pipeline.settings import OptimSettings
 
 # DeepSpeed reads this when it is imported; without it, it looks for a GPU and warns on machines that have none.
@@ -34,21 +33,6 @@ from deepspeed.utils import (
     safe_set_local_optimizer_state,
 )
 
-RECIPE_OWNED = {
-    "train_batch_size": "batch.queries",
-    "train_micro_batch_size_per_gpu": "batch.queries and run.chunk_tokens",
-    "gradient_accumulation_steps": "run.chunk_tokens",
-    "optimizer": "optim",
-    "scheduler": "optim.schedule",
-    "gradient_clipping": "optim.clip_norm",
-    "bf16": "model.dtype",
-    "fp16": "model.dtype",
-    "amp": "model.dtype",
-    "torch_autocast": "model.dtype",
-    "data_types": "model.dtype",
-    "activation_checkpointing": "model.activation_checkpointing",
-    "steps_per_print": "the step line",
-}
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -74,25 +58,6 @@ def stop_distributed() -> None:
     """Leave the process group together: a rank that ends while another still talks may be aborted by gloo's threads."""
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
-
-
-def read_deepspeed_json(path: str | Path) -> dict[str, Any]:
-    """The JSON's contents; ValueError if it is missing, malformed or sets what the recipe owns."""
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"run.deepspeed={path}: no such file; ds_configs/ has one for each ZeRO stage")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"run.deepspeed={path} is not valid JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"run.deepspeed={path} must hold a JSON object, not {type(config).__name__}")
-    for key in RECIPE_OWNED:
-        if key in config:
-            raise ValueError(
-                f"{path} sets {key!r}, which the recipe owns ({RECIPE_OWNED[key]}); remove it from the JSON"
-            )
-    return config
 
 
 def build_engine(
