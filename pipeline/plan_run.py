@@ -37,7 +37,7 @@ HARDWARE = {
     "link_gbps": (400.0, "network of one node, Gbit/s one way, all its cards together"),
     "gpu_link_gbps": (3600.0, "link of a GPU to the others of its node, Gbit/s one way (3600: NVLink 4)"),
     "gpu_tflops": (989.0, "dense bf16 peak of a GPU, TFLOP/s (989: H100 and H200 SXM)"),
-    "utilisation": (0.4, "share of that peak that a step's arithmetic reaches: an assumption, 0 to 1"),
+    "utilisation": (0.4, "share of that peak that all executed arithmetic reaches: an assumption, 0 to 1"),
 }
 LENGTHS = {
     "query_tokens": "mean tokens of a query with its examples; with --passage-tokens no store is read",

@@ -1,6 +1,7 @@
 """The estimate: against tensors followed one by one, against numbers worked out by hand, and its advice."""
 
 import json
+import re
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -438,10 +439,23 @@ def test_the_command_prints_at_once(mistral: str, hardware: list[str], capsys: p
 
 def assert_parts_add_up(out: str) -> None:
     """The numbers as printed: the peak is the sum of what is always there and of the moment that decides."""
-    lines = out[out.index("memory of a rank") : out.index("host memory")].splitlines()
-    peak = float(lines[0].split("of")[1].split()[-1]) if "GiB  " not in lines[0] else float(lines[0].split()[5])
+    lines = out[out.index("memory of a rank, GiB") : out.index("host memory")].splitlines()
+    peak = float(lines[0].split()[5])
     parts = [float(line.split()[-1]) for line in lines if line.startswith("  ")]
-    assert sum(parts) == pytest.approx(peak, abs=0.005 * (len(parts) + 1))
+    assert len(parts) > 8 and sum(parts) == pytest.approx(peak, abs=0.005 * (len(parts) + 1))
+
+
+def test_the_readme_shows_what_is_printed(mistral: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every line of its blocks, in order; `...` stands for lines left out."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```\n\$ bge-icl plan (.*?--estimate.*?)```", text.replace("\\\n", ""), flags=re.DOTALL)
+    assert len(blocks) >= 3
+    for block in blocks:
+        command, *shown = block.splitlines()
+        assert plan_run.main([*command.split(), f"model.name={mistral}"]) == 0
+        printed = iter(capsys.readouterr().out.replace(mistral, "mistralai/Mistral-7B-v0.1").splitlines())
+        missing = [line for line in shown if line != "..." and line not in printed]
+        assert not missing, command
 
 
 # Lengths of a store.

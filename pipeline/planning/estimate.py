@@ -8,13 +8,13 @@ Memory of a rank is what lives all the time (weights, optimizer, buffers) and th
     pass 2      the kept graphs, what backward adds to them, and the adapters' gradients
     step        gradients, reduction buckets, Adam's temporaries
 
-Time is arithmetic over a share of the card's peak (model FLOP utilisation, an assumption; the name and the convention
-of 2 FLOP a weight and token are those of arXiv 2204.02311, appendix B). Per token, with N frozen and n LoRA weights in
-the projections: forward 2(N + n); backward 2N + 4n, as frozen weights get no gradient of their own; a second forward
-for every chunk but those whose graph is kept (gradient caching, arXiv 2101.06983); one more, without the last layer,
-where activations are recomputed. Past its attention the last layer counts last tokens only. Attention, per sequence of
-L tokens and layer: 4 L^2 Q forward (Q the queries' width), half of it if causal, 2.5 times that backward (arXiv
-2307.08691, section 4.1).
+Time is arithmetic over a share of the card's peak: an assumption, and one about all arithmetic that is executed, what
+is done twice included (arXiv 2204.02311, appendix B, calls it hardware FLOP utilisation and counts 2 FLOP a weight and
+token, as here). Per token, with N frozen and n LoRA weights in the projections: forward 2(N + n); backward 2N + 4n, as
+frozen weights get no gradient of their own; a second forward for every chunk but those whose graph is kept (gradient
+caching, arXiv 2101.06983); one more, without the last layer, where activations are recomputed. Past its attention the
+last layer counts last tokens only. Attention, per sequence of L tokens and layer: 4 L^2 Q forward (Q the queries'
+width), half of it if causal, 2.5 times that backward (arXiv 2307.08691, section 4.1).
 
 Traffic: ZeRO-3 gathers the large weights for every forward and every backward pass of every chunk; what is recomputed
 goes backward at once, within DeepSpeed's reuse distance, and is gathered once for both. A ring all-gather brings

@@ -26,14 +26,15 @@ def estimate_report(case: Case, workload: Workload, settings: Settings) -> str:
 
 
 def _head(case: Case, settings: Settings) -> list[str]:
-    shape, cluster = case.shape, case.cluster
+    shape, cluster, world = case.shape, case.cluster, case.cluster.world_size
     params = (sum(shape.frozen) + shape.table) / 1e9
     return [
         f"ESTIMATE for {settings.model.name}: {shape.layers} layers, {params:.2f} B parameters, "
         f"{sum(shape.trained) / 1e6:.1f} M trained, {settings.model.dtype}, {_sharding_name(case)}",
-        f"on {cluster.nodes} x {cluster.gpus_per_node} GPUs of {cluster.gpu_gib:g} GiB ({USABLE:.0%} of it usable); "
-        f"links {cluster.gpu_link * 8e-9:,.0f} Gbit/s a GPU, {cluster.node_link * 8e-9:,.0f} Gbit/s a node",
-        f"assumed: {cluster.utilisation:.0%} of {cluster.flops / 1e12:,.0f} TFLOP/s a GPU. Nothing was run.",
+        f"on {cluster.nodes} node{'s' * (cluster.nodes > 1)} x {cluster.gpus_per_node} GPU{'s' * (world > 1)} of "
+        f"{cluster.gpu_gib:g} GiB, {USABLE:.0%} of it usable; links {cluster.gpu_link * 8e-9:,.0f} Gbit/s a GPU, "
+        f"{cluster.node_link * 8e-9:,.0f} Gbit/s a node",
+        f"assumed: arithmetic at {cluster.utilisation:.0%} of {cluster.flops / 1e12:,.0f} TFLOP/s. Nothing was run.",
     ]
 
 
@@ -59,16 +60,16 @@ def _step_lines(case: Case, workload: Workload) -> list[str]:
 
 
 def _memory_lines(memory: Memory, cluster: Cluster) -> list[str]:
-    def lines(parts: dict[str, float], mark: str) -> list[str]:
-        return [f"  {mark}{name:<34} {value / GIB:8.2f}" for name, value in parts.items() if value]
+    def lines(parts: dict[str, float]) -> list[str]:
+        return [f"  {name:<40} {value / GIB:8.2f}" for name, value in parts.items() if value]
 
-    table = [f"{'memory of a rank, GiB':<37} {memory.peak / GIB:8.2f}  of {USABLE * cluster.gpu_gib:.1f} usable"]
-    table += ["always", *lines(memory.always, "")]
+    table = [f"{'memory of a rank, GiB':<42} {memory.peak / GIB:8.2f}  of {USABLE * cluster.gpu_gib:.1f} usable"]
+    table += ["always", *lines(memory.always)]
     for name, parts in memory.moments.items():
         decides = "  <- the peak" if name == memory.moment else ""
-        table.append(f"{f'at {name}':<37} {sum(parts.values()) / GIB:8.2f}{decides}")
-        table += lines(parts, "") if decides else []
-    return [*table, "host memory of a node", *lines(memory.host, "")]
+        table.append(f"{f'at {name}':<42} {sum(parts.values()) / GIB:8.2f}{decides}")
+        table += lines(parts) if decides else []
+    return [*table, "host memory of a node", *lines(memory.host)]
 
 
 def _time_lines(case: Case, workload: Workload) -> list[str]:
