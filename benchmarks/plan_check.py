@@ -71,7 +71,7 @@ def make_model(name: str) -> Path:
 
 def write_sharding(stage: int) -> Path:
     """The repository's JSON of a stage in proportion to small models: with the shipped bucket nothing else would be
-    seen, with the shipped threshold and distance every weight would stay whole.
+    seen, with the shipped threshold and limit of live weights all would stay whole.
     """
     config = json.loads((REPOSITORY / "ds_configs" / f"zero{stage}.json").read_text())
     if stage > 0:
@@ -80,7 +80,7 @@ def write_sharding(stage: int) -> Path:
         sizes = {
             "param_persistence_threshold": 20_000,
             "prefetch_bucket_size": 200_000,
-            "max_reuse_distance": 3_000_000,
+            "max_live_parameters": 2_000_000,
         }
         config["zero_optimization"] |= {f"stage3_{name}": size for name, size in sizes.items()}
     path = WORK / f"plan_zero{stage}.json"

@@ -158,8 +158,7 @@ def test_weights_by_hand() -> None:
         "frozen weights": 2 * FROZEN,
         "adapters": 2 * TRAINED,
     }
-    # Above 64 elements: three matrices of the MLP a layer. All are within the reuse distance; one and the prefetch
-    # bucket (here: nothing) are on their way.
+    # Above 64 elements: three matrices of the MLP a layer. All may stay gathered, and one is on its way.
     keys = {"stage3_param_persistence_threshold": 64, "stage3_prefetch_bucket_size": 0}
     assert gathered_numel(TINY, zero(3, **keys)) == 6 * 128
     parts = weight_parts(TINY, zero(3, **keys), 4, 2)
@@ -173,6 +172,8 @@ def test_weights_by_hand() -> None:
     }
     near = weight_parts(TINY, zero(3, **keys, stage3_max_reuse_distance=200), 4, 2)
     assert near["gathered weights"] == 2 * (100 + 128 + 128)
+    few = keys | {"stage3_prefetch_bucket_size": 10, "stage3_max_live_parameters": 200, "stage3_max_reuse_distance": 0}
+    assert weight_parts(TINY, zero(3, **few), 4, 2)["gathered weights"] == 2 * (200 + 128 + 128 + 10)
     assert weight_parts(TINY, zero(3, **keys, zero_hpz_partition_size=2), 4, 2)["frozen weights, sharded"] == (
         FROZEN * (1 / 4 + 1 / 2) * 2
     )

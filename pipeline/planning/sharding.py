@@ -69,9 +69,11 @@ def weight_parts(shape: ModelShape, sharding: Sharding, world_size: int, element
     """Bytes of weights on one rank while it works, by part.
 
     ZeRO-3 keeps a W-th of every parameter (with hpZ another copy over `node_copy` ranks), parameters up to the
-    persistence threshold whole besides, and of the others what it has gathered: those that the trace of one forward
-    and backward pass names again within the reuse distance (half of it before the turn, half after), the next one and
-    the prefetch bucket, and once more the buffer in which these two arrive.
+    persistence threshold whole besides, and of the others what it has gathered. With prefetching that is
+    stage3_max_live_parameters and the matrix at hand, whatever the reuse distance: prefetching runs ahead through the
+    recorded pass until then, and what it found there is not released (measured, DeepSpeed 0.19). Without, it is
+    what the pass uses again within the reuse distance, half of it before the turn and half after. The matrix and the
+    prefetch bucket that are on their way lie in a buffer besides.
     """
     frozen, trained = sum(shape.frozen), sum(shape.trained)
     parts = {"embedding table": float(shape.table * element)}
@@ -87,9 +89,10 @@ def weight_parts(shape: ModelShape, sharding: Sharding, world_size: int, element
     parts["frozen weights, small ones whole"] = float(sum(n for n in shape.frozen if n <= small) * element)
     parts["adapters, small ones whole"] = float(sum(n for n in shape.trained if n <= small) * element)
     large = gathered_numel(shape, sharding)
-    coming = min(large, max((n for n in shape.frozen if n > small), default=0) + sharding.prefetch_bucket)
-    kept = min(large, sharding.max_reuse_distance // 2 + coming)
-    parts["gathered weights"] = float((kept + coming) * element)
+    at_hand = max((n for n in shape.frozen if n > small), default=0)
+    live = sharding.max_live if sharding.prefetch_bucket else sharding.max_reuse_distance // 2
+    coming = at_hand + sharding.prefetch_bucket
+    parts["gathered weights"] = float((min(large, live + at_hand) + min(large, coming)) * element)
     return parts
 
 
