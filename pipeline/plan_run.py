@@ -9,6 +9,7 @@ its DeepSpeed JSON and the model's config.json; formulas in pipeline/planning/. 
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -18,7 +19,7 @@ from pipeline.data.sampling import Schedule, check_world_size, make_schedule, pl
 from pipeline.data.store import TokenStore, open_store, require_match
 from pipeline.datatypes import RULES, BatchPlan
 from pipeline.planning.cases import make_case, sampled_workload, stated_workload
-from pipeline.planning.estimate import Cluster
+from pipeline.planning.flags import add_flags, check_flags, read_cluster
 from pipeline.planning.report import estimate_report
 from pipeline.planning.shapes import read_shape
 from pipeline.planning.sharding import read_sharding
@@ -28,22 +29,6 @@ from pipeline.settings import Settings, load_settings
 
 SHOWN_ROWS = 16
 SHOWN_CHARACTERS = 100
-
-# Flag of the estimate: default, help.
-HARDWARE = {
-    "nodes": (1, "machines"),
-    "gpus_per_node": (8, "GPUs, hence ranks, of a machine"),
-    "gpu_memory": (80.0, "memory of a GPU, GiB"),
-    "link_gbps": (400.0, "network of one node, Gbit/s one way, all its cards together"),
-    "gpu_link_gbps": (3600.0, "link of a GPU to the others of its node, Gbit/s one way (3600: NVLink 4)"),
-    "gpu_tflops": (989.0, "dense bf16 peak of a GPU, TFLOP/s (989: H100 and H200 SXM)"),
-    "utilisation": (0.4, "share of that peak that all executed arithmetic reaches: an assumption, 0 to 1"),
-}
-LENGTHS = {
-    "query_tokens": "mean tokens of a query with its examples; with --passage-tokens no store is read",
-    "passage_tokens": "mean tokens of a passage",
-    "steps": "steps of the run, where no store and no optim.max_steps says it",
-}
 
 
 def schedule_table(schedule: Schedule) -> str:
@@ -175,38 +160,20 @@ The store must exist (python pipeline/preprocess.py --config RECIPE), but for an
     parser.add_argument("--step", type=int, help="show this global step (0 is the first)")
     parser.add_argument("--query", type=int, help="show this query of the step (0 is the first), with its prompt")
     parser.add_argument("--world-size", type=int, help="deal the step to so many ranks (default 1)")
-    estimate = parser.add_argument_group("estimate")
-    estimate.add_argument("--estimate", action="store_true", help="print memory, chunks, time and GPU-hours of the run")
-    for name, (default, text) in HARDWARE.items():
-        kind = type(default)
-        estimate.add_argument(f"--{_flag(name)}", type=kind, metavar="N", help=f"{text} (default {default:g})")
-    for name, text in LENGTHS.items():
-        estimate.add_argument(f"--{_flag(name)}", type=int, metavar="N", help=text)
+    add_flags(parser)
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that override the recipe's")
     return parser.parse_intermixed_args(argv)
 
 
-def _flag(name: str) -> str:
-    return name.replace("_", "-")
-
-
 def _check(arguments: argparse.Namespace) -> None:
     """ValueError for a value out of range and for flags that say nothing together."""
-    for name, least in (("step", 0), ("query", 0), ("world_size", 1), *((n, 1) for n in ("nodes", "gpus_per_node"))):
+    for name, least in (("step", 0), ("query", 0), ("world_size", 1)):
         value = getattr(arguments, name)
         if value is not None and value < least:
-            raise ValueError(f"--{_flag(name)} {value} must be at least {least}")
-    given = [name for name in (*HARDWARE, *LENGTHS) if getattr(arguments, name) is not None]
-    for name in given:
-        value = getattr(arguments, name)
-        if not 0 < value < float("inf") or (name == "utilisation" and value > 1):
-            raise ValueError(f"--{_flag(name)} {value} must be above 0{' and at most 1' * (name == 'utilisation')}")
-    if given and not arguments.estimate:
-        raise ValueError(f"--{_flag(given[0])} says something about an estimate only: add --estimate")
+            raise ValueError(f"--{name.replace('_', '-')} {value} must be at least {least}")
+    check_flags(arguments)
     if arguments.estimate and (arguments.step is not None or arguments.world_size is not None):
         raise ValueError("--estimate is of the whole run on --nodes x --gpus-per-node: leave out --step, --world-size")
-    if (arguments.query_tokens is None) != (arguments.passage_tokens is None):
-        raise ValueError("--query-tokens and --passage-tokens go together: state both, or neither to read the store")
     if arguments.query is not None and arguments.step is None:
         raise ValueError(f"--query {arguments.query} needs --step: say which step's query to show")
 
@@ -220,27 +187,21 @@ def _open(settings: Settings) -> tuple[TokenStore, Schedule]:
 
 def estimate_run(settings: Settings, arguments: argparse.Namespace) -> str:
     """The estimate that the flags ask for, as text."""
-    known = {name: getattr(arguments, name) for name in HARDWARE}
-    value = {name: HARDWARE[name][0] if given is None else given for name, given in known.items()}
-    cluster = Cluster(
-        nodes=int(value["nodes"]),
-        gpus_per_node=int(value["gpus_per_node"]),
-        gpu_gib=value["gpu_memory"],
-        gpu_link=value["gpu_link_gbps"] * 1e9 / 8,
-        node_link=value["link_gbps"] * 1e9 / 8,
-        flops=value["gpu_tflops"] * 1e12,
-        utilisation=value["utilisation"],
-    )
     sharding = read_sharding(read_deepspeed_json(settings.run.deepspeed))
     if arguments.query_tokens is not None:
         # Whether the model knows them already is not known without its tokenizer; three rows are nothing.
         markers = len(get_template(settings.preprocess.template).markers)
         workload = stated_workload(settings, arguments.query_tokens, arguments.passage_tokens, arguments.steps)
     else:
+        if not Path(settings.data.store).exists():
+            raise ValueError(
+                f"data.store={settings.data.store} does not exist: preprocess first, or state mean lengths with "
+                "--query-tokens and --passage-tokens"
+            )
         store, schedule = _open(settings)
         markers = sum(1 for subtokens in store.manifest.tokens.marker_subtokens if subtokens)
         workload = sampled_workload(store, schedule, settings)
-    shape = read_shape(settings.model, markers)
+    shape, cluster = read_shape(settings.model, markers), read_cluster(arguments)
     return estimate_report(make_case(settings, shape, sharding, cluster, workload.load), workload, settings)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from deepspeed.runtime.zero.linear import zero3_linear_wrap
 from fake_store import make_settings, make_store, plain_rows
 from live_tensors import FusedAttention, measure_passes
 from test_encoder import FAMILIES, make_model
@@ -93,6 +94,7 @@ PASSES = {
     "recomputed": (LlamaConfig, {"num_hidden_layers": 4}, {"activation_checkpointing": True}),
     "recomputed, wide mlp": (LlamaConfig, {"intermediate_size": 768}, {"activation_checkpointing": True}),
     "dropout": (LlamaConfig, {}, {"lora": LoraSettings(rank=8, dropout=0.1)}),
+    "dropout, ZeRO-3's linear": (LlamaConfig, {}, {"lora": LoraSettings(rank=8, dropout=0.1)}),
     "mean": (LlamaConfig, {}, {"pooling": "mean"}),
 }
 
@@ -107,6 +109,9 @@ def test_activations_are_what_the_passes_keep(
     config: dict[str, Any] = {**SHAPE, "intermediate_size": 384, "num_hidden_layers": 3, "num_key_value_heads": 2}
     if fused:
         monkeypatch.setattr(attention, "_sdpa", lambda query, key, value, call: FusedAttention.apply(query, key, value))
+    keeps_inputs = "ZeRO-3" in name
+    if keeps_inputs:
+        monkeypatch.setattr(torch.nn.functional, "linear", zero3_linear_wrap)
     lora = LoraSettings(rank=8)
     path = make_model(kind(**config | changes), tmp_path)
     model = ModelSettings(**{"name": path, "dtype": dtype, "lora": lora} | settings)
@@ -118,7 +123,8 @@ def test_activations_are_what_the_passes_keep(
     cu_seqlens = torch.arange(0, tokens + 1, length, dtype=torch.int32)
     real = measure_passes(encoder, lambda: encoder(ids_T, positions_T, cu_seqlens, length))
     element = 2 if dtype == "bf16" else 4
-    kernels = Kernels(element, fused, model.lora.dropout > 0, model.activation_checkpointing, mask_element=element)
+    dropout, checkpointing = model.lora.dropout > 0, model.activation_checkpointing
+    kernels = Kernels(element, fused, dropout, checkpointing, keeps_inputs, mask_element=element)
     planned = chunk_memory(read_shape(model, 3), kernels, tokens, tokens // length)
     assert planned.graph == pytest.approx(real["graph"], rel=0.03)
     assert planned.graph + planned.backward == pytest.approx(real["peak"], rel=0.06)
@@ -486,7 +492,8 @@ def test_the_command_reads_the_store(
     store = make_store({"qa": ("normal", plain_rows(64))})
     settings = make_settings(store)
     run = replace(settings.run, deepspeed=str(ROOT / "ds_configs" / "zero3.json"))
-    settings = replace(settings, run=run, model=ModelSettings(name=mistral))
+    data = replace(settings.data, store=str(tmp_path))
+    settings = replace(settings, run=run, data=data, model=ModelSettings(name=mistral))
     monkeypatch.setattr(plan_run, "load_settings", lambda path, overrides: settings)
     monkeypatch.setattr(plan_run, "open_store", lambda path, verify: store)
     monkeypatch.setattr(plan_run, "require_match", lambda store, settings, fingerprint: None)
@@ -499,16 +506,17 @@ def test_the_command_reads_the_store(
     ("arguments", "message"),
     [
         (["--nodes", "2"], "--nodes says something about an estimate only: add --estimate"),
-        (["--estimate", "--nodes", "0"], "--nodes 0 must be at least 1"),
+        (["--estimate", "--nodes", "0"], "--nodes 0 must be above 0"),
         (["--estimate", "--link-gbps", "-1"], "--link-gbps -1.0 must be above 0"),
         (["--estimate", "--utilisation", "40"], "--utilisation 40.0 must be above 0 and at most 1"),
         (["--estimate", "--query-tokens", "9"], "--query-tokens and --passage-tokens go together"),
+        (["--estimate", "--steps", "9"], "--steps is for stated lengths"),
         (["--estimate", "--step", "1"], "leave out --step, --world-size"),
         (
             ["--estimate", "--query-tokens", "9", "--passage-tokens", "513"],
             "--passage-tokens 513: a mean of sequences that the recipe limits to 512 tokens",
         ),
-        (["--estimate"], "store"),
+        (["--estimate"], "or state mean lengths with --query-tokens"),
         ([*ESTIMATE, "run.chunk_tokens=100"], "run.chunk_tokens=100 cannot hold one sequence"),
         ([*ESTIMATE, "run.deepspeed=no.json"], "no such file; ds_configs/ has one for each ZeRO stage"),
     ],
