@@ -20,7 +20,8 @@ Traffic: ZeRO-3 gathers the large weights for every forward and every backward p
 goes backward at once, within DeepSpeed's reuse distance, and is gathered once for both. A ring all-gather brings
 (W - 1)/W of them to each rank (arXiv 1910.02054, section 7.2.2) and crosses a node's network once; with hpZ the rings
 are those inside a node. A step lasts max(arithmetic, traffic) if all of it overlaps and the sum if none does. Not
-counted: one reduction of the adapters' gradients a step, loading data, checkpoints, start-up.
+counted: one reduction of the adapters' gradients a step, what prefetching gathers in vain where a pass ends, loading
+data, checkpoints, start-up.
 """
 
 import math
