@@ -22,9 +22,9 @@ from pipeline.inference.embedder import load_base_embedder, load_embedder
 from pipeline.model.encoder import choose_trained, load_encoder, trainable_parameters
 from pipeline.preprocess import main as preprocess
 from pipeline.runtime.checkpoint import TrainState, find_checkpoint, save_checkpoint
-from pipeline.runtime.engine import read_deepspeed_json
 from pipeline.runtime.ranks import read_ranks
 from pipeline.runtime.runlog import require_tracker
+from pipeline.runtime.sharding_json import read_deepspeed_json
 from pipeline.runtime.watch import NOT_FINITE
 from pipeline.settings import LoraSettings, OptimSettings, load_settings
 from pipeline.training.steps import learning_rate

@@ -1,12 +1,11 @@
 """The only place that imports deepspeed: recipe + JSON -> engine, and a backward pass that reduces once a step.
 
-The JSON owns sharding, offload and communication; the recipe owns batch, precision, optimizer and clipping. A JSON
-that sets what the recipe owns is an error.
+The JSON owns sharding, offload and communication; the recipe owns batch, precision, optimizer and clipping
+(sharding_json.py).
 """
 
 import contextlib
 import functools
-import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from pipeline.model.encoder import trainable_parameters
 from pipeline.runtime.ranks import Ranks
+from pipeline.runtime.sharding_json import read_deepspeed_json, zero_stage
 from pipeline.settings import OptimSettings
 
 # DeepSpeed reads this when it is imported; without it, it looks for a GPU and warns on machines that have none.
@@ -36,21 +36,6 @@ from deepspeed.utils import (
     safe_set_local_optimizer_state,
 )
 
-RECIPE_OWNED = {
-    "train_batch_size": "batch.queries",
-    "train_micro_batch_size_per_gpu": "batch.queries and run.chunk_tokens",
-    "gradient_accumulation_steps": "run.chunk_tokens",
-    "optimizer": "optim",
-    "scheduler": "optim.schedule",
-    "gradient_clipping": "optim.clip_norm",
-    "bf16": "model.dtype",
-    "fp16": "model.dtype",
-    "amp": "model.dtype",
-    "torch_autocast": "model.dtype",
-    "data_types": "model.dtype",
-    "activation_checkpointing": "model.activation_checkpointing",
-    "steps_per_print": "the step line",
-}
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -78,41 +63,9 @@ def stop_distributed() -> None:
     torch.distributed.destroy_process_group()
 
 
-def read_deepspeed_json(path: str | Path) -> dict[str, Any]:
-    """The JSON's contents; ValueError if it is missing, malformed or sets what the recipe owns."""
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"run.deepspeed={path}: no such file; ds_configs/ has one for each ZeRO stage")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"run.deepspeed={path} is not valid JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"run.deepspeed={path} must hold a JSON object, not {type(config).__name__}")
-    for key in RECIPE_OWNED:
-        if key in config:
-            raise ValueError(
-                f"{path} sets {key!r}, which the recipe owns ({RECIPE_OWNED[key]}); remove it from the JSON"
-            )
-    return config
-
-
-def _stage(config: dict[str, Any]) -> int:
-    return int(config.get("zero_optimization", {}).get("stage", 0))
-
-
 def _refused(path: str | Path, error: ValidationError) -> ValueError:
     faults = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
     return ValueError(f"run.deepspeed={path} is refused by DeepSpeed: {faults}")
-
-
-def require_keepable(path: str | Path, keep_graphs: int) -> None:
-    """ValueError for several live graphs under ZeRO-3, whose gradients would be wrong by 70 % without a word."""
-    if _stage(read_deepspeed_json(path)) == 3 and keep_graphs > 1:
-        raise ValueError(
-            f"run.keep_graphs={keep_graphs} and ZeRO-3 ({path}) exclude each other: several live graphs give wrong "
-            "gradients there; set run.keep_graphs=1, or a JSON of stage 0, 1 or 2 as run.deepspeed"
-        )
 
 
 def _complete_config(path: str | Path, optim: OptimSettings, dtype: str) -> dict[str, Any]:
@@ -134,7 +87,7 @@ def sharded_loading(path: str | Path, optim: OptimSettings, dtype: str) -> Itera
     weight by weight), and no rank holds the model as a whole. Other stages load as ever.
     """
     config = _complete_config(path, optim, dtype)
-    if _stage(config) < 3:
+    if zero_stage(config) < 3:
         yield
         return
     told = HfDeepSpeedConfig(config)  # transformers keeps a weak reference only

@@ -17,10 +17,11 @@ from pipeline.files import file_sha256
 from pipeline.model.encoder import Encoder, choose_trained, load_encoder, require_rows
 from pipeline.model.loss import require_dims
 from pipeline.prompts import get_template
-from pipeline.runtime.engine import build_engine, gathered, require_keepable, sharded_loading
+from pipeline.runtime.engine import build_engine, gathered, sharded_loading
 from pipeline.runtime.guards import code_versions, digest_plan, require_alike
 from pipeline.runtime.ranks import Ranks, together
 from pipeline.runtime.runlog import require_tracker
+from pipeline.runtime.sharding_json import require_keepable
 from pipeline.runtime.watch import Watch, mark
 from pipeline.settings import EvaluationSettings, Settings, flatten
 
