@@ -40,7 +40,8 @@ test: $(STAMP)  ## lint, format check, types and tests (ARGS="-k name" goes to p
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+	# Two processes share the cores: more threads would only wait for each other.
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 format: $(STAMP)  ## put the code in form
 	$(BIN)/ruff check --fix .
