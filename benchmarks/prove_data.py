@@ -15,7 +15,7 @@ from pathlib import Path
 
 import yaml
 from preprocess_scale import descendants
-from proving import REPOSITORY, RUN, WORK, Row, call, row
+from proving import REPOSITORY, RUN, WORK, Row, call, row, training_files
 
 KILLS = 20
 SCALE_ROWS, PLAN_ROWS = 20_000_000, 100_000_000
@@ -30,9 +30,7 @@ def prove_data(data: Path) -> list[Row]:
 
 
 def write_recipe(data: Path, base: Path) -> Path:
-    files = sorted(file for file in data.glob("*.jsonl*") if "scored" not in file.name)
-    if not files:
-        raise SystemExit(f"error: --data {data} holds no .jsonl or .jsonl.gz files")
+    files = training_files(data)
     sets = [{"name": file.name.split(".")[0], "path": file.name} for file in files]
     recipe = {
         "model": {"name": str(base)},

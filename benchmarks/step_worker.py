@@ -3,7 +3,7 @@
 deepspeed --num_accelerators W benchmarks/step_worker.py RECIPE OUT MODE [key.sub=value ...]
     sets       one step of every dataset and two more: loss, tokens, padding, seconds, share of passages saved
     distinct   per dataset the same step with and without distinct passages: CPU seconds, loss
-    cached     peak memory of one step above the state after start-up, gradient cache on
+    cached     peak memory of one step above the state after start-up, and its CPU seconds; gradient cache on
     uncached   the same batch with the graphs of all chunks kept alive
 """
 
@@ -88,7 +88,7 @@ def run_uncached(encoder: torch.nn.Module, inputs: StepInputs, settings: Setting
     dist.all_reduce(all_SD.grad)
     mine = torch.from_numpy(inputs.sequences_of_rank[ranks.rank])
     local_SD.backward(all_SD.grad[mine])
-    return StepResult(float(share), 1)
+    return StepResult(float(share), 1, "", {})
 
 
 def main(recipe: str, out: str, mode: str, overrides: list[str]) -> None:
@@ -110,7 +110,7 @@ def main(recipe: str, out: str, mode: str, overrides: list[str]) -> None:
     records = []
     if mode == "sets":
         for plan in first_plans(store, schedule):
-            inputs = prepare_step(store, limits, plan, ranks, settings.run.chunk_tokens)
+            inputs = prepare_step(store, limits, plan, ranks, settings.run.chunk_tokens, settings.loss.mask_shown)
             record, started = step_record(store, plan, inputs, limits, ranks), time.perf_counter()
             result = run_step(engine, inputs, settings, ranks)
             norm = take_step(engine, settings.optim.lr)
@@ -124,7 +124,7 @@ def main(recipe: str, out: str, mode: str, overrides: list[str]) -> None:
             record = {"dataset": store.datasets[plan.dataset].name, "saved": share_saved(plan)}
             # The first of two rounds warms up the allocator.
             for arm, twin in [*twins.items(), *twins.items()]:
-                inputs = prepare_step(store, limits, twin, ranks, settings.run.chunk_tokens)
+                inputs = prepare_step(store, limits, twin, ranks, settings.run.chunk_tokens, settings.loss.mask_shown)
                 started = cpu_seconds()
                 result = run_step(engine, inputs, settings, ranks)
                 record[f"cpu_seconds_{arm}"] = sum(gather_values(cpu_seconds() - started, ranks))
@@ -133,17 +133,19 @@ def main(recipe: str, out: str, mode: str, overrides: list[str]) -> None:
             records.append(record)
     else:
         plan = first_plans(store, schedule)[0]
-        inputs = prepare_step(store, limits, plan, ranks, settings.run.chunk_tokens)
+        inputs = prepare_step(store, limits, plan, ranks, settings.run.chunk_tokens, settings.loss.mask_shown)
         record = step_record(store, plan, inputs, limits, ranks)
-        before = memory_mib("VmRSS")
+        before, started = memory_mib("VmRSS"), cpu_seconds()
         Path("/proc/self/clear_refs").write_text("5")  # resets the peak
         if engine is None:
             result = run_uncached(encoder, inputs, settings, ranks)
         else:
             result = run_step(engine, inputs, settings, ranks)
         peak = max(gather_values(memory_mib("VmHWM") - before, ranks))
+        record["cpu_seconds"] = sum(gather_values(cpu_seconds() - started, ranks))
         embeddings = plan.num_sequences * encoder.decoder.config.hidden_size * 4 / 2**20
-        records.append(record | {"peak_mib": peak, "embeddings_mib": embeddings, "loss": result.loss})
+        record |= {"peak_mib": peak, "embeddings_mib": embeddings, "loss": result.loss, "passes": result.num_passes}
+        records.append(record)
     if ranks.is_first:
         Path(out).write_text(json.dumps(records, indent=2))
     stop_distributed()

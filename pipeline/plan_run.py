@@ -2,21 +2,31 @@
 
 Prints the schedule of all datasets and the plan of one step: rows, examples, candidates, distinct passages, chunks.
 Plans are a pure function of the step, so any step can be shown at once. Needs the token store, no model and no GPU.
+With --estimate it prints what the run will need (memory of a rank by part, chunks, time, GPU-hours) from the recipe,
+its DeepSpeed JSON and the model's config.json; formulas in pipeline/planning/. Without a store, state mean lengths.
 """
 
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
 from pipeline.data.composing import plan_lengths
 from pipeline.data.packing import deal
 from pipeline.data.sampling import Schedule, check_world_size, make_schedule, plan_step, share_saved
+from pipeline.data.shown import count_shown
 from pipeline.data.store import TokenStore, open_store, require_match
 from pipeline.datatypes import RULES, BatchPlan
+from pipeline.planning.cases import make_case, sampled_workload, stated_workload
+from pipeline.planning.flags import add_flags, check_flags, read_cluster
+from pipeline.planning.report import estimate_report
+from pipeline.planning.shapes import read_shape
+from pipeline.planning.sharding import read_sharding
 from pipeline.prompts import Template, get_template, render_query
-from pipeline.settings import load_settings
+from pipeline.runtime.sharding_json import read_deepspeed_json, require_keepable
+from pipeline.settings import Settings, load_settings
 
 SHOWN_ROWS = 16
 SHOWN_CHARACTERS = 100
@@ -53,6 +63,7 @@ def step_report(store: TokenStore, schedule: Schedule, plan: BatchPlan, world_si
         ("examples left out", f"{plan.num_examples_dropped} over the limit, {plan.num_examples_missing} not found"),
         ("candidates", f"{group_B.sum()}, {group_B.min()} to {group_B.max()} a row"),
         ("in-batch negatives", "yes" if plan.in_batch_negatives else "no"),
+        ("shown in-batch", f"{count_shown(plan)} negatives that their query's examples show"),
         ("negatives repeated", str(plan.num_candidates_repeated)),
         ("passages to encode", f"{plan.num_passages} ({share_saved(plan):.1%} of the candidates saved)"),
     ]
@@ -143,35 +154,77 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
   python pipeline/plan_run.py --config examples/quickstart/recipe.yaml
   python pipeline/plan_run.py --config examples/quickstart/recipe.yaml --step 17 --query 3
   python pipeline/plan_run.py --config recipes/bge_en_icl_public.yaml --step 7000 --world-size 64 run.chunk_tokens=32768
-The store must exist: python pipeline/preprocess.py --config RECIPE.""",
+  python pipeline/plan_run.py --config recipes/bge_en_icl_public.yaml --estimate --nodes 4 --gpu-memory 80
+  python pipeline/plan_run.py --config recipes/bge_en_icl_public.yaml --estimate --query-tokens 500 --passage-tokens 180
+The store must exist (python pipeline/preprocess.py --config RECIPE), but for an estimate from stated lengths.""",
     )
     parser.add_argument("--config", required=True, help="recipe YAML; settings.py documents every key")
     parser.add_argument("--step", type=int, help="show this global step (0 is the first)")
     parser.add_argument("--query", type=int, help="show this query of the step (0 is the first), with its prompt")
-    parser.add_argument("--world-size", type=int, default=1, help="deal the step to so many ranks (default 1)")
+    parser.add_argument("--world-size", type=int, help="deal the step to so many ranks (default 1)")
+    add_flags(parser)
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that override the recipe's")
     return parser.parse_intermixed_args(argv)
 
 
-def run(arguments: argparse.Namespace) -> None:
-    """Print what the arguments ask for; user errors are ValueErrors."""
+def _check(arguments: argparse.Namespace) -> None:
+    """ValueError for a value out of range and for flags that say nothing together."""
     for name, least in (("step", 0), ("query", 0), ("world_size", 1)):
         value = getattr(arguments, name)
         if value is not None and value < least:
             raise ValueError(f"--{name.replace('_', '-')} {value} must be at least {least}")
+    check_flags(arguments)
+    if arguments.estimate and (arguments.step is not None or arguments.world_size is not None):
+        raise ValueError("--estimate is of the whole run on --nodes x --gpus-per-node: leave out --step, --world-size")
     if arguments.query is not None and arguments.step is None:
         raise ValueError(f"--query {arguments.query} needs --step: say which step's query to show")
-    settings = load_settings(arguments.config, arguments.overrides)
+
+
+def _open(settings: Settings) -> tuple[TokenStore, Schedule]:
     store = open_store(settings.data.store, verify=False)
     # Training compares the tokenizer too; a plan needs none.
     require_match(store, settings, store.manifest.fingerprint)
-    schedule = make_schedule(store, settings)
-    check_world_size(schedule, arguments.world_size)
+    return store, make_schedule(store, settings)
+
+
+def estimate_run(settings: Settings, arguments: argparse.Namespace) -> str:
+    """The estimate that the flags ask for, as text."""
+    if settings.model.trained == "full":
+        raise ValueError("model.trained=full is not estimated: the formulas are those of LoRA; set it to lora")
+    require_keepable(settings.run.deepspeed, settings.run.keep_graphs)
+    sharding = read_sharding(read_deepspeed_json(settings.run.deepspeed))
+    if arguments.query_tokens is not None:
+        # Whether the model knows them already is not known without its tokenizer; three rows are nothing.
+        markers = len(get_template(settings.preprocess.template).markers)
+        workload = stated_workload(settings, arguments.query_tokens, arguments.passage_tokens, arguments.steps)
+    else:
+        if not Path(settings.data.store).exists():
+            raise ValueError(
+                f"data.store={settings.data.store} does not exist: preprocess first, or state mean lengths with "
+                "--query-tokens and --passage-tokens"
+            )
+        store, schedule = _open(settings)
+        markers = sum(1 for subtokens in store.manifest.tokens.marker_subtokens if subtokens)
+        workload = sampled_workload(store, schedule, settings)
+    shape, cluster = read_shape(settings.model, markers), read_cluster(arguments)
+    return estimate_report(make_case(settings, shape, sharding, cluster, workload.load), workload, settings)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Print what the arguments ask for; user errors are ValueErrors."""
+    _check(arguments)
+    settings = load_settings(arguments.config, arguments.overrides)
+    if arguments.estimate:
+        print(estimate_run(settings, arguments))
+        return
+    store, schedule = _open(settings)
+    world_size = arguments.world_size or 1
+    check_world_size(schedule, world_size)
     print(schedule_table(schedule))
     if arguments.step is None:
         return
     plan = plan_step(store, schedule, arguments.step)
-    print("\n" + step_report(store, schedule, plan, arguments.world_size, settings.run.chunk_tokens))
+    print("\n" + step_report(store, schedule, plan, world_size, settings.run.chunk_tokens))
     if arguments.query is not None:
         template = get_template(settings.preprocess.template)
         print("\n" + query_report(store, schedule, plan, arguments.query, template))

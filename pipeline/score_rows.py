@@ -11,14 +11,15 @@ A distinct (query, passage) pair is scored once, an embedder reads each distinct
 where it stopped and ends with the same bytes; what they depend on is recorded in DIR/settings.json, and a run that
 differs in it is refused.
 
-Training distils softmax(scores) over a row's candidates. Scores that lie far apart make that one-hot, scores that lie
-close together make it uniform; neither teaches anything. So the mean entropy over the rows' groups is shown, as a
-share of log(group size), for this temperature of 1 and for others.
+Training distils softmax(scores / loss.teacher_temperature) over a row's candidates. Scores that lie far apart make that
+one-hot, scores that lie close together make it uniform; neither teaches anything. So the mean entropy over the rows'
+groups is shown, as a share of log(group size), for several temperatures, with a warning where the recipe's is no use.
 """
 
 import argparse
 import json
 import logging
+import math
 import shutil
 import sys
 import time
@@ -118,7 +119,7 @@ def score_rows(args: argparse.Namespace, block_items: int = BLOCK_ITEMS) -> None
     recipe = args.out / "recipe.yaml"
     lacking = write_recipe(settings, store, recipe, args.out, written)
     print(score_table(store, report))
-    for warning in judge(report["datasets"]):
+    for warning in judge(report["datasets"], settings.loss.teacher_temperature):
         print(warning)
     if lacking:
         print(f"{recipe} leaves out {', '.join(lacking)}: not scored, while others of the same entry are")
@@ -138,7 +139,7 @@ def check_options(args: argparse.Namespace, kind: Kind) -> None:
 def score_table(store: TokenStore, report: Mapping[str, Any]) -> str:
     """Counts and range of the scores, then the entropy shares, one line a dataset."""
     heads = ["dataset", "rows", "no negatives", "candidates", "read", "cut", "min", "mean", "max", "positive first"]
-    counts, shares = [heads], [["entropy share, T =", *map(str, TEMPERATURES)]]
+    counts, shares = [heads], [["entropy share at loss.teacher_temperature =", *map(str, TEMPERATURES)]]
     for name, d in report["datasets"].items():
         numbers = [f"{d[key]:,}" for key in ("rows", "rows_without_negatives", "candidates", "scored", "truncated")]
         spread = ["-" if d[key] is None else f"{d[key]:.3f}" for key in ("min", "mean", "max")]
@@ -153,24 +154,29 @@ def score_table(store: TokenStore, report: Mapping[str, Any]) -> str:
     return "\n".join([align(counts, num_left=1), note, align(shares, num_left=1)])
 
 
-def judge(datasets: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """A warning for every dataset whose scores teach next to nothing at the trainer's temperature of 1."""
+def judge(datasets: Mapping[str, Mapping[str, Any]], temperature: float) -> list[str]:
+    """A warning for every dataset whose scores teach next to nothing at this loss.teacher_temperature.
+
+    The entropy is that of the nearest temperature looked at; the remedy is the one that is farthest from both ends.
+    """
+    nearest = min(TEMPERATURES, key=lambda t: abs(math.log(t / temperature)))
     warnings = []
     for name, d in datasets.items():
-        share = d["entropy"]["1.0"] if d["entropy"] else None
-        if share is None:
+        if not d["entropy"]:
             warnings.append(f"warning: {name}: no row has negatives, so there is nothing to distil")
-        elif share < ONE_HOT:
-            warnings.append(
-                f"warning: {name}: at temperature 1 the teacher's distribution is almost one-hot (entropy {share:.1%} "
-                "of uniform): distillation repeats the label. Scores on a smaller scale would tell more"
-            )
-        elif share > UNIFORM:
-            warnings.append(
-                f"warning: {name}: at temperature 1 the teacher's distribution is almost uniform (entropy {share:.1%} "
-                "of uniform): distillation pulls positive and negatives together. Scores on a larger scale would tell "
-                "more"
-            )
+            continue
+        share = d["entropy"][str(nearest)]
+        if ONE_HOT <= share <= UNIFORM:
+            continue
+        best = min(TEMPERATURES, key=lambda t: abs(d["entropy"][str(t)] - 0.5))
+        is_sharp = share < ONE_HOT
+        found = "almost one-hot" if is_sharp else "almost uniform"
+        effect = "repeats the label" if is_sharp else "pulls positive and negatives together"
+        warnings.append(
+            f"warning: {name}: at temperature {nearest:g} the teacher's distribution is {found} (entropy {share:.1%} "
+            f"of uniform): distillation {effect}. With loss.teacher_temperature={best:g} it would be "
+            f"{d['entropy'][str(best)]:.1%}"
+        )
     return warnings
 
 

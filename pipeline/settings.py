@@ -54,6 +54,8 @@ class ModelSettings:
     attention_kernel: Literal["auto", "flash_attn", "torch_varlen", "sdpa"] = "auto"
     embed_kernels: Literal["auto", "triton", "torch"] = "auto"  # last-token gather, similarity matrix
     activation_checkpointing: bool = False
+    trained: Literal["lora", "full"] = "lora"  # adapters, or every weight
+    adapter: str = _path()  # adapters to go on from (a run's model/, or PEFT's), of model.lora's rank and alpha
     lora: LoraSettings = field(default_factory=LoraSettings)
 
 
@@ -147,11 +149,29 @@ class BatchSettings:
 
 @dataclass(frozen=True)
 class LossSettings:
-    """InfoNCE (paper, section 3.2) and distillation from the rows' teacher scores."""
+    """InfoNCE (paper, section 3.2), distillation from the rows' teacher scores, and options that are off here."""
 
     temperature: float = 0.02
     distillation: Literal["kl_div", "m3_kd"] = "kl_div"
     distillation_weight: float = 1.0  # for rows with scores
+    teacher_temperature: float = 1.0  # distils softmax(scores / this): above 1 softer, below 1 sharper
+    # Suspected false negatives, left out of InfoNCE and counted. Set one of the two; null: none are.
+    filter_margin: float | None = None  # leave out what scores above the positive's cosine + this (may be negative)
+    filter_ratio: float | None = None  # leave out what scores above this x the positive's cosine
+    mask_shown: bool = False  # what a query's examples show is no in-batch negative of that query
+    matryoshka_dims: tuple[int, ...] = ()  # the first n numbers of an embedding are trained as an embedding, too
+    matryoshka_weights: tuple[float, ...] = ()  # of their losses, one each; empty: 1. The full width weighs 1
+
+    @property
+    def filters_negatives(self) -> bool:
+        """Whether suspected false negatives are looked for at all."""
+        return self.filter_margin is not None or self.filter_ratio is not None
+
+    @property
+    def matryoshka(self) -> tuple[tuple[int, float], ...]:
+        """(width, weight) of each truncation."""
+        weights = self.matryoshka_weights or (1.0,) * len(self.matryoshka_dims)
+        return tuple(zip(self.matryoshka_dims, weights, strict=True))
 
 
 @dataclass(frozen=True)
@@ -168,6 +188,15 @@ class OptimSettings:
 
 
 @dataclass(frozen=True)
+class EvaluationSettings:
+    """Scores on local tasks while training, zero-shot and few-shot; the best model is kept."""
+
+    tasks: tuple[str, ...] = field(default=(), metadata={"path": True})  # folders, as for `evaluate --task`
+    every: int = 0  # steps, and after the last one; 0: never
+    num_examples: int = 3
+
+
+@dataclass(frozen=True)
 class RunSettings:
     """One run on one set of machines."""
 
@@ -175,8 +204,10 @@ class RunSettings:
     seed: int = 0
     deepspeed: str = _path()  # one of ds_configs/*.json
     chunk_tokens: int = 16384  # token budget of one forward pass of one rank: sets peak activation memory
-    save_every: int = 100
+    keep_graphs: int = 1  # chunks that keep their first pass's graph: saves a second pass, takes memory; ZeRO-3: 1
+    save_every: int = 100  # steps
     keep_last: int = 2
+    max_stall_seconds: float = 1800.0  # a rank that stands still for longer ends the run, naming whom it waits for
     tracker: Literal["none", "tensorboard", "wandb"] = "none"
 
 
@@ -190,6 +221,7 @@ class Settings:
     batch: BatchSettings = field(default_factory=BatchSettings)
     loss: LossSettings = field(default_factory=LossSettings)
     optim: OptimSettings = field(default_factory=OptimSettings)
+    evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
     run: RunSettings = field(default_factory=RunSettings)
 
     @property
@@ -272,6 +304,18 @@ def dump_settings(settings: Settings) -> str:
     return yaml.safe_dump(_plain(dataclasses.asdict(settings)), sort_keys=False, allow_unicode=True)
 
 
+def flatten(settings: Settings) -> dict[str, Any]:
+    """Dotted name of every setting -> its value."""
+
+    def walk(tree: dict[str, Any], prefix: str) -> dict[str, Any]:
+        flat: dict[str, Any] = {}
+        for key, value in tree.items():
+            flat |= walk(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        return flat
+
+    return walk(dataclasses.asdict(settings), "")
+
+
 def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
@@ -295,7 +339,9 @@ def _merge(base: Any, tree: Any, prefix: str, folder: Path) -> Any:
         else:
             changes[key] = _convert(hints[key], value, name, folder)
         if fields[key].metadata.get("path"):
-            changes[key] = _resolve(changes[key], folder, is_name=key in ("name", "tokenizer"))
+            names = changes[key] if isinstance(changes[key], tuple) else (changes[key],)
+            found = tuple(_resolve(name, folder, is_name=key in ("name", "tokenizer")) for name in names)
+            changes[key] = found if isinstance(changes[key], tuple) else found[0]
     return dataclasses.replace(base, **changes)
 
 
@@ -362,6 +408,12 @@ def _validate(s: Settings) -> None:
             f"preprocess.max_query_tokens={p.max_query_tokens}; raise it, or set batch.examples.mode=none to train "
             "without in-context examples"
         )
+    if bool(s.evaluation.every) != bool(s.evaluation.tasks):
+        raise ValueError(
+            f"evaluation.every={s.evaluation.every} and evaluation.tasks={list(s.evaluation.tasks)} belong together: "
+            "name both, or neither"
+        )
+    _validate_loss(s.loss, b.examples)
     if list(p.bucket_edges) != sorted(set(p.bucket_edges)):
         raise ValueError(f"preprocess.bucket_edges={p.bucket_edges} must be rising and distinct")
     names = [d.name for d in s.data.datasets]
@@ -375,6 +427,41 @@ def _validate(s: Settings) -> None:
         if d.group_size is not None and d.group_size < 1:
             raise ValueError(f"data.datasets[{i}].group_size={d.group_size} must be at least 1")
         _validate_source(d, f"data.datasets[{i}]")
+
+
+def _validate_loss(loss: LossSettings, examples: ExampleSettings) -> None:
+    """Options of the loss; that no width is above the model's is checked where the model is known."""
+    margin, ratio = loss.filter_margin, loss.filter_ratio
+    if margin is not None and ratio is not None:
+        raise ValueError(
+            f"loss.filter_margin={margin} and loss.filter_ratio={ratio} say the same thing in two ways; set one to null"
+        )
+    if margin is not None and not -1 <= margin <= 1:
+        raise ValueError(
+            f"loss.filter_margin={margin} must lie in -1..1: it is added to a cosine, 0.1 spares all but what clearly "
+            "beats the positive; null turns the filter off"
+        )
+    if ratio is not None and not 0 < ratio < 2:
+        raise ValueError(
+            f"loss.filter_ratio={ratio} must lie in 0..2 (both excluded): 0.95 leaves out what scores above 95 % of "
+            "the positive; null turns the filter off"
+        )
+    shows = examples.asked_for and examples.mode != "filler"
+    if loss.mask_shown and not shows:
+        raise ValueError(
+            f"loss.mask_shown=True, but batch.examples.mode={examples.mode} with max_examples={examples.max_examples} "
+            "shows no passage to any query; set loss.mask_shown=false"
+        )
+    dims, weights = loss.matryoshka_dims, loss.matryoshka_weights
+    if list(dims) != sorted(set(dims)) or any(dim < 1 for dim in dims):
+        raise ValueError(f"loss.matryoshka_dims={list(dims)} must be rising, distinct and above 0")
+    if weights and len(weights) != len(dims):
+        raise ValueError(
+            f"loss.matryoshka_weights={list(weights)} must hold one weight for each of loss.matryoshka_dims="
+            f"{list(dims)} (the full width weighs 1), or nothing"
+        )
+    if not all(0 < weight < math.inf for weight in weights):
+        raise ValueError(f"loss.matryoshka_weights={list(weights)} must be above 0 and finite")
 
 
 def _validate_source(d: DatasetSettings, where: str) -> None:
@@ -411,11 +498,14 @@ def _require_positive(s: Settings) -> None:
         "batch.symmetric_queries": s.batch.symmetric_queries,
         "batch.group_size": s.batch.group_size,
         "loss.temperature": s.loss.temperature,
+        "loss.teacher_temperature": s.loss.teacher_temperature,
         "optim.lr": s.optim.lr,
         "optim.clip_norm": s.optim.clip_norm,
         "optim.epochs": s.optim.epochs,
+        "run.keep_graphs": s.run.keep_graphs,
         "run.save_every": s.run.save_every,
         "run.keep_last": s.run.keep_last,
+        "run.max_stall_seconds": s.run.max_stall_seconds,
         "model.lora.rank": s.model.lora.rank,
         "model.lora.alpha": s.model.lora.alpha,
         "preprocess.max_query_tokens": s.preprocess.max_query_tokens,
@@ -430,6 +520,8 @@ def _require_positive(s: Settings) -> None:
         "batch.examples.max_examples": s.batch.examples.max_examples,
         "batch.mix_temperature": s.batch.mix_temperature,
         "loss.distillation_weight": s.loss.distillation_weight,
+        "evaluation.every": s.evaluation.every,
+        "evaluation.num_examples": s.evaluation.num_examples,
         "optim.warmup_steps": s.optim.warmup_steps,
         "run.seed": s.run.seed,
         "optim.weight_decay": s.optim.weight_decay,
@@ -437,6 +529,11 @@ def _require_positive(s: Settings) -> None:
     for name, value in not_negative.items():
         if not 0 <= value < math.inf:
             raise ValueError(f"{name}={value} must be 0 or more and finite")
+    if s.model.adapter and s.model.trained == "full":
+        raise ValueError(
+            f"model.adapter={s.model.adapter} needs model.trained=lora; to train every weight from there, merge the "
+            "adapter into the base model first"
+        )
     if s.model.num_layers is not None and s.model.num_layers <= 0:
         raise ValueError(f"model.num_layers={s.model.num_layers} must be above 0; leave it out for all layers")
     if s.optim.max_steps is not None and s.optim.max_steps <= 0:

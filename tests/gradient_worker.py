@@ -7,27 +7,29 @@ deepspeed ... gradient_worker.py steps RECIPE OUT STAGES    weights after three 
 """
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
+from dense_loss import DenseStep, dense_loss
 from safetensors.torch import save_file
 
 from pipeline.data.composing import Limits, sequence_ids
 from pipeline.data.sampling import make_schedule, plan_step
 from pipeline.data.store import open_store
 from pipeline.datatypes import BatchPlan
-from pipeline.model.encoder import Encoder, add_lora, load_encoder, trainable_parameters
-from pipeline.settings import Settings, load_settings
+from pipeline.model.encoder import Encoder, choose_trained, load_encoder, trainable_parameters
+from pipeline.settings import LossSettings, Settings, load_settings
 
 CHUNK_TOKENS = {"one": 100_000, "few": 800, "many": 190}  # few: shared by the ranks
 
 
-def build_encoder(settings: Settings, tokens) -> Encoder:
+def build_encoder(settings: Settings, tokens, **options) -> Encoder:
     """The same weights in every process; lora_B is not zero, or lora_A would have no gradient."""
-    encoder = load_encoder(settings.model, tokens.marker_ids, tokens.marker_subtokens)
+    encoder = load_encoder(settings.model, tokens.marker_ids, tokens.marker_subtokens, **options)
     torch.manual_seed(settings.run.seed)
-    add_lora(encoder, settings.model.lora)
+    choose_trained(encoder, settings.model)
     for name, p in trainable_parameters(encoder).items():
         if "lora_B" in name:
             torch.nn.init.normal_(p, std=0.05)
@@ -43,7 +45,21 @@ def steps_of_interest(store, schedule) -> list[BatchPlan]:
     return list(plans.values())
 
 
-def reference_loss(encoder: Encoder, store, limits, plan: BatchPlan, settings: Settings) -> torch.Tensor:
+def all_options(loss: LossSettings) -> LossSettings:
+    """Every option of the loss at once, with values that do something in these steps."""
+    return replace(
+        loss,
+        teacher_temperature=2.0,
+        filter_margin=0.05,
+        mask_shown=True,
+        matryoshka_dims=(8, 32),
+        matryoshka_weights=(0.5, 2.0),
+    )
+
+
+def reference_loss(
+    encoder: Encoder, store, limits, plan: BatchPlan, settings: Settings
+) -> tuple[torch.Tensor, int, int]:
     """Every sequence alone, every candidate written out: no packing, no distinct passages, no kernels of ours."""
 
     def embed(s: int) -> torch.Tensor:
@@ -51,37 +67,43 @@ def reference_loss(encoder: Encoder, store, limits, plan: BatchPlan, settings: S
         cu_seqlens = torch.tensor([0, len(ids)], dtype=torch.int32)
         return encoder(ids, torch.arange(len(ids)), cu_seqlens, len(ids))[0]
 
-    passages = [embed(plan.num_queries + p) for p in range(plan.num_passages)]
-    text_P, offsets = plan.passage_text_P, plan.group_offsets
-    losses, divergences = [], []
-    for b in range(plan.num_queries):
-        group = plan.candidate_C[offsets[b] : offsets[b + 1]]
-        others = np.concatenate([plan.candidate_C[: offsets[b]], plan.candidate_C[offsets[b + 1] :]])
-        rivals = np.concatenate([group[1:], others if plan.in_batch_negatives else others[:0]])
-        kept = [group[0], *(p for p in rivals if text_P[p] != text_P[group[0]])]
-        query = embed(b)
-        logits = torch.stack([query @ passages[p] for p in kept]) / settings.loss.temperature
-        losses.append(torch.logsumexp(logits, 0) - logits[0])
-        teacher = torch.from_numpy(plan.teacher_score_C[offsets[b] : offsets[b + 1]])
-        if not torch.isnan(teacher).any():
-            student = torch.stack([query @ passages[p] for p in group]) / settings.loss.temperature
-            divergences.append(-(torch.softmax(teacher, 0) * torch.log_softmax(student, 0)).sum())
-    loss = torch.stack(losses).mean()
-    return loss + settings.loss.distillation_weight * torch.stack(divergences).mean() if divergences else loss
+    def ragged(values: np.ndarray, offsets: np.ndarray) -> list[list]:
+        return [part.tolist() for part in np.split(values, offsets[1:-1])]
+
+    scores = ragged(plan.teacher_score_C, plan.group_offsets)
+    step = DenseStep(
+        groups=ragged(plan.candidate_C, plan.group_offsets),
+        text_P=plan.passage_text_P.tolist(),
+        scores=[None if np.isnan(own).any() else own for own in scores],
+        in_batch=plan.in_batch_negatives,
+        shown=ragged(plan.example_response_E, plan.example_offsets),
+    )
+    embeddings_SD = torch.stack([embed(s) for s in range(plan.num_sequences)])
+    return dense_loss(embeddings_SD[: plan.num_queries], embeddings_SD[plan.num_queries :], step, settings.loss)
 
 
 def run_reference(settings: Settings, out: str) -> None:
+    """Gradients of every plan, and in a second file (options-NAME) those with every option of the loss."""
     store = open_store(settings.data.store)
     limits = Limits.from_settings(settings.preprocess)
-    gradients = {}
-    for plan in steps_of_interest(store, make_schedule(store, settings)):
-        encoder = build_encoder(settings, store.manifest.tokens)
-        loss = reference_loss(encoder, store, limits, plan, settings)
-        loss.backward()
-        gradients[f"{plan.task_type}|loss"] = loss.detach()[None]
-        for name, p in trainable_parameters(encoder).items():
-            gradients[f"{plan.task_type}|{name}"] = p.grad
-    save_file(gradients, out)
+    plans = steps_of_interest(store, make_schedule(store, settings))
+    file = Path(out)
+    for path, loss_settings in ((file, settings.loss), (options_file(file), all_options(settings.loss))):
+        gradients = {}
+        for plan in plans:
+            encoder = build_encoder(settings, store.manifest.tokens)
+            loss, *counts = reference_loss(encoder, store, limits, plan, replace(settings, loss=loss_settings))
+            loss.backward()
+            gradients[f"{plan.task_type}|loss"] = loss.detach()[None]
+            if path != file:
+                gradients[f"{plan.task_type}|counts"] = torch.tensor(counts)
+            for name, p in trainable_parameters(encoder).items():
+                gradients[f"{plan.task_type}|{name}"] = p.grad
+        save_file(gradients, path)
+
+
+def options_file(out: Path) -> Path:
+    return out.with_name(f"options-{out.name}")
 
 
 def start_rank(settings: Settings):
@@ -100,25 +122,36 @@ def start_rank(settings: Settings):
 def run_engine(settings: Settings, recipe: str, out: str, stages: str) -> None:
     from deepspeed.utils import safe_get_full_grad
 
-    from pipeline.runtime.engine import build_engine, stop_distributed
+    from pipeline.runtime.engine import build_engine, gathered, sharded_loading, stop_distributed
     from pipeline.runtime.step import prepare_step, run_step
 
     ranks, store, limits, plans = start_rank(settings)
     gradients = {}
+    # 2keep: stage 2 with several live graphs; 3load: the model came sharded; 3options: every option of the loss;
+    # 3offload, 3hpz: those configs, as training loads them
     for stage in stages.split(","):
-        encoder = build_encoder(settings, store.manifest.tokens)
-        config = Path(recipe).parent / f"zero{stage[0]}.json"
+        run = replace(settings.run, keep_graphs=3 if stage.endswith("keep") else 1)
+        loss = all_options(settings.loss) if stage.endswith("options") else settings.loss
+        kind = f"_{stage[1:]}" if stage[1:] in ("offload", "hpz") else ""
+        config = Path(recipe).parent / f"zero{stage[0]}{kind}.json"
+        if stage.endswith("load") or kind:
+            with sharded_loading(config, settings.optim, settings.model.dtype):
+                encoder = build_encoder(settings, store.manifest.tokens, gathered=gathered)
+        else:
+            encoder = build_encoder(settings, store.manifest.tokens)
         engine = build_engine(encoder, settings.optim, settings.model.dtype, config, ranks)
         if stage[0] == "3" and ranks.world_size > 1:
             assert all(p.ds_tensor.numel() < p.ds_numel for p in encoder.parameters()), "nothing is partitioned"
         for plan in plans:
             for budget, chunk_tokens in CHUNK_TOKENS.items():
                 budget_of_rank = chunk_tokens // ranks.world_size if budget == "few" else chunk_tokens
-                inputs = prepare_step(store, limits, plan, ranks, budget_of_rank)
-                result = run_step(engine, inputs, settings, ranks)
+                inputs = prepare_step(store, limits, plan, ranks, budget_of_rank, loss.mask_shown)
+                result = run_step(engine, inputs, replace(settings, loss=loss, run=run), ranks)
                 key = f"{stage}|{budget}|{plan.task_type}"
                 gradients[f"{key}|loss"] = torch.tensor([result.loss])
                 gradients[f"{key}|chunks"] = torch.tensor([inputs.num_chunks])
+                if loss != settings.loss:
+                    gradients[f"{key}|counts"] = torch.tensor([result.num_filtered, inputs.num_negatives_shown])
                 for name, p in trainable_parameters(engine.module).items():
                     gradients[f"{key}|{name}"] = safe_get_full_grad(p).float().clone()
                 engine.optimizer.zero_grad()
@@ -142,7 +175,7 @@ def run_plain_steps(settings: Settings, out: str) -> None:
     plans = steps_of_interest(store, make_schedule(store, settings))
     for lr, plan in zip(LEARNING_RATES, plans, strict=False):
         optimizer.param_groups[0]["lr"] = lr
-        reference_loss(encoder, store, limits, plan, settings).backward()
+        reference_loss(encoder, store, limits, plan, settings)[0].backward()
         assert torch.nn.utils.clip_grad_norm_(trained.values(), settings.optim.clip_norm) > settings.optim.clip_norm
         optimizer.step()
         optimizer.zero_grad()
@@ -161,7 +194,7 @@ def run_steps(settings: Settings, recipe: str, out: str, stages: str) -> None:
             encoder, settings.optim, settings.model.dtype, Path(recipe).parent / f"zero{stage}.json", ranks
         )
         for lr, plan in zip(LEARNING_RATES, plans, strict=False):
-            inputs = prepare_step(store, limits, plan, ranks, CHUNK_TOKENS["few"])
+            inputs = prepare_step(store, limits, plan, ranks, CHUNK_TOKENS["few"], settings.loss.mask_shown)
             run_step(engine, inputs, settings, ranks)
             take_step(engine, lr)
         weights |= {f"{stage}|{name}": parts["weight"] for name, parts in read_state(engine).items()}

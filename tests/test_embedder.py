@@ -13,6 +13,7 @@ import torch
 import yaml
 from tiny_run import WORDS, make_tiny_model
 
+from pipeline.inference.description import read_description
 from pipeline.inference.embedder import FewShotEmbedder, load_base_embedder, load_embedder
 from pipeline.inference.saving import save_model
 from pipeline.model.encoder import add_lora, load_encoder, trainable_parameters
@@ -207,6 +208,28 @@ def test_a_trained_embedder_comes_back(base: Path, trained: tuple[Path, FewShotE
         assert loaded.tokenizer.tokens == saved.tokenizer.tokens
         np.testing.assert_allclose(loaded.encode_queries(QUERIES, INSTRUCTION, EXAMPLES), wanted_ND, atol=1e-6)
         np.testing.assert_allclose(loaded.encode_passages(PASSAGES), saved.encode_passages(PASSAGES), atol=1e-6)
+
+
+def test_a_trained_width_is_cut_out_and_made_a_unit_vector(
+    base: Path, trained: tuple[Path, FewShotEmbedder], tmp_path: Path
+) -> None:
+    run, saved = trained
+    folder = tmp_path / "matryoshka"
+    shutil.copytree(run / "model", folder)
+    change_json(folder / "embedder.json", matryoshka_dims=[8, 24])
+    loaded = load_embedder(folder, show_progress=False, dim=24)
+    whole_ND, cut_ND = saved.encode_passages(PASSAGES)[:, :24], loaded.encode_passages(PASSAGES)
+    np.testing.assert_allclose(cut_ND, whole_ND / np.linalg.norm(whole_ND, axis=1, keepdims=True), atol=1e-6)
+    assert loaded.encode_queries(QUERIES, INSTRUCTION, EXAMPLES).shape == (len(QUERIES), 24)
+    assert loaded.encode_passages([]).shape == (0, 24)
+    assert load_embedder(folder, show_progress=False).encode_passages(PASSAGES).shape == (len(PASSAGES), 64)
+    for path, trained_dims in ((folder, "8, 24"), (run, "the full width alone")):
+        with pytest.raises(ValueError, match=f"dim=16 was not trained in .* \\(loss.matryoshka_dims: {trained_dims}"):
+            load_embedder(path, show_progress=False, dim=16)
+    tree = json.loads((folder / "embedder.json").read_text())
+    del tree["matryoshka_dims"]
+    (folder / "embedder.json").write_text(json.dumps(tree))
+    assert read_description(folder).matryoshka_dims == ()
 
 
 def test_marker_rows_are_loaded(trained: tuple[Path, FewShotEmbedder]) -> None:

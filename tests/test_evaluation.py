@@ -16,7 +16,7 @@ from tiny_run import make_tiny_model
 from pipeline import evaluate_embedder
 from pipeline.evaluation.report import Score, add_scores, read_scores, score_table, write_report
 from pipeline.evaluation.tasks import RetrievalTask, load_task
-from pipeline.settings import Settings, dump_settings
+from pipeline.settings import LossSettings, Settings, dump_settings
 
 ROOT = Path(__file__).resolve().parents[1]
 WORDS = ("ash", "bay", "cliff", "delta", "elm", "fern", "glen", "hill", "isle", "jade", "kelp", "lake")
@@ -244,6 +244,11 @@ def test_the_report(tmp_path: Path) -> None:
     assert "- a note" in text
     assert "![loss](loss.png)" in text
     assert "torch 2." in text
+    assert "| loss | temperature 0.02 |" in text
+    options = replace(Settings(), loss=LossSettings(filter_ratio=0.95, mask_shown=True, matryoshka_dims=(64, 256)))
+    text_with_options = write_report(tmp_path, options, scores, []).read_text()
+    wanted = "| loss | temperature 0.02, filter_ratio 0.95, mask_shown True, matryoshka_dims [64, 256] |"
+    assert wanted in text_with_options
     assert "settings.yaml" not in text, "no link to a file that is not there"
 
 

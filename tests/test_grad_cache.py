@@ -5,7 +5,7 @@ import torch
 from pipeline.model.grad_cache import two_pass_step
 
 
-def run(chunks, dropout, model):
+def run(chunks, dropout, model, keep_graphs=1):
     model.zero_grad()
     calls = []
 
@@ -26,7 +26,7 @@ def run(chunks, dropout, model):
         ends.append(is_last)
         embeddings.backward(gradient)
 
-    result = two_pass_step(chunks, seeds, encode, embedding_gradients, backward)
+    result = two_pass_step(chunks, seeds, encode, embedding_gradients, backward, keep_graphs)
     assert ends == [False] * (len(chunks) - 1) + [True]
     return result, [p.grad.clone() for p in model.parameters()], calls
 
@@ -49,19 +49,20 @@ def test_gradients_equal_the_uncached_step_with_dropout():
     batch = torch.randn(12, 5, dtype=torch.float64)
     for sizes in ((12,), (5, 7), (1, 6, 2, 3)):
         for dropout in (0.0, 0.3):
-            chunks = batch.split(sizes)
-            result, gradients, _ = run(chunks, dropout, model)
-            loss, truth = uncached(chunks, dropout, model)
-            torch.testing.assert_close(result.loss, loss)
-            for gradient, expected in zip(gradients, truth, strict=True):
-                torch.testing.assert_close(gradient, expected)
+            for keep_graphs in (1, 2, 3, 9):
+                chunks = batch.split(sizes)
+                result, gradients, _ = run(chunks, dropout, model, keep_graphs)
+                loss, truth = uncached(chunks, dropout, model)
+                torch.testing.assert_close(result.loss, loss)
+                for gradient, expected in zip(gradients, truth, strict=True):
+                    torch.testing.assert_close(gradient, expected)
 
 
-def test_one_chunk_makes_one_pass_and_several_make_two_but_for_the_last():
+def test_a_chunk_that_keeps_its_graph_makes_one_pass_and_the_others_two():
     model = torch.nn.Linear(5, 4)
-    batch = torch.randn(6, 5)
+    batch = torch.randn(8, 5)
     result, _, calls = run([batch], 0.0, model)
     assert result.num_passes == 1 and calls == [True]
-    result, _, calls = run(batch.split(2), 0.0, model)
-    # The last chunk keeps the graph of its only pass.
-    assert result.num_passes == 2 and calls == [False] * 2 + [True] * 3
+    for keep_graphs, twice in ((1, 3), (2, 2), (4, 0), (9, 0)):
+        result, _, calls = run(batch.split(2), 0.0, model, keep_graphs)
+        assert result.num_passes == 4 + twice and calls == [False] * twice + [True] * 4

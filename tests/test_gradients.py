@@ -8,6 +8,7 @@ from collections import defaultdict
 
 import pytest
 import torch
+from gradient_worker import options_file
 from launching import REPOSITORY, launch, require_success, run_python
 from safetensors.torch import load_file
 
@@ -24,23 +25,37 @@ def recipe(tiny_training):
 
 
 @pytest.fixture(scope="module")
-def reference(recipe, tmp_path_factory):
+def reference_file(recipe, tmp_path_factory):
     out = tmp_path_factory.mktemp("reference") / "gradients.safetensors"
     require_success(run_python(WORKER, ["reference", str(recipe), str(out)]))
-    return load_file(out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def reference(reference_file):
+    return load_file(reference_file)
+
+
+STAGES = "0,1,2,3,3load,3offload,0keep,1keep,2keep"  # load: the model came sharded; keep: three graphs alive
 
 
 def relative_error(value: torch.Tensor, truth: torch.Tensor) -> float:
     return float((value.double() - truth.double()).norm() / truth.double().norm())
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_every_zero_stage_and_chunk_count_gives_the_reference_gradient(world_size, recipe, reference, tmp_path):
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_every_zero_stage_and_chunk_count_gives_the_reference_gradient(
+    world_size, recipe, reference, reference_file, tmp_path
+):
     out = tmp_path / "gradients.safetensors"
-    require_success(launch(WORKER, ["engine", str(recipe), str(out), "0,1,2,3"], world_size))
+    stages = STAGES + ("" if world_size == 1 else ",3options") + (",3hpz" if world_size == 2 else "")
+    require_success(launch(WORKER, ["engine", str(recipe), str(out), stages], world_size))
     gradients = load_file(out)
     names = {key.split("|", 1)[1] for key in reference}
     assert any("marker_rows" in name for name in names) and any("lora_A" in name for name in names)
+    with_options = {key: gradients.pop(key) for key in list(gradients) if key.startswith("3options")}
+    if world_size > 1:
+        check_with_options(with_options, load_file(options_file(reference_file)))
     chunk_counts, compared = defaultdict(set), 0
     for key, value in gradients.items():
         stage, budget, task_type, name = key.split("|")
@@ -50,16 +65,36 @@ def test_every_zero_stage_and_chunk_count_gives_the_reference_gradient(world_siz
         error = relative_error(value, reference[f"{task_type}|{name}"])
         assert error <= 1e-5, f"{key}: relative error {error:.1e}"
         compared += 1
-    assert compared == 4 * 3 * len(reference)
-    assert len(chunk_counts) == 5 and all(len(counts) >= 3 for counts in chunk_counts.values()), chunk_counts
+    assert compared == (len(STAGES.split(",")) + (world_size == 2)) * 3 * len(reference)
+    wanted = 3 if world_size < 3 else 2  # a third of so small a batch has no more
+    assert len(chunk_counts) == 5 and all(len(counts) >= wanted for counts in chunk_counts.values()), chunk_counts
     assert all(1 in counts for counts in chunk_counts.values())
+
+
+def check_with_options(gradients, reference):
+    """Every option of the loss at once, caching, sharding and all: gradients, and what was masked on both ranks."""
+    compared = 0
+    for key, value in gradients.items():
+        name = key.split("|", 2)[2]
+        if name.endswith("chunks"):
+            continue
+        if name.endswith("counts"):
+            assert value.tolist() == reference[name].tolist(), key
+        else:
+            error = relative_error(value, reference[name])
+            assert error <= 1e-5, f"{key}: relative error {error:.1e}"
+        compared += 1
+    assert compared == 3 * len(reference)
+    masked = {key: value.tolist() for key, value in reference.items() if key.endswith("counts")}
+    assert all(num_filtered > 0 for num_filtered, _ in masked.values()), masked
+    assert all(masked[f"{task_type}|counts"][1] > 0 for task_type in ("normal", "only_1neg")), masked
 
 
 def test_bf16_with_activation_checkpointing_stays_near_the_fp32_reference(recipe, reference, tmp_path):
     """What the recipes run, through the engine."""
     out = tmp_path / "gradients.safetensors"
     overrides = ["model.dtype=bf16", "model.activation_checkpointing=true"]
-    require_success(launch(WORKER, ["engine", str(recipe), str(out), "0,1,2,3", *overrides], 2))
+    require_success(launch(WORKER, ["engine", str(recipe), str(out), "0,1,2,3,3load", *overrides], 2))
     worst = 0.0
     for key, value in load_file(out).items():
         stage, budget, task_type, name = key.split("|")
@@ -69,6 +104,23 @@ def test_bf16_with_activation_checkpointing_stays_near_the_fp32_reference(recipe
         assert error <= 0.1, f"{key}: relative error {error:.1e}"
         worst = max(worst, error)
     assert worst > 1e-4, "this was fp32"
+
+
+def test_full_fine_tuning_gives_the_reference_gradient(recipe, tmp_path):
+    """Every weight trains, the table of the input embeddings among them."""
+    truth, out = tmp_path / "reference.safetensors", tmp_path / "gradients.safetensors"
+    require_success(run_python(WORKER, ["reference", str(recipe), str(truth), "model.trained=full"]))
+    require_success(launch(WORKER, ["engine", str(recipe), str(out), "0,2,2keep,3,3load", "model.trained=full"], 2))
+    reference, compared = load_file(truth), 0
+    assert any("embed_tokens.base" in key for key in reference) and any("marker_rows" in key for key in reference)
+    assert not any("lora" in key for key in reference)
+    for key, value in load_file(out).items():
+        stage, budget, task_type, name = key.split("|")
+        if name != "chunks":
+            error = relative_error(value, reference[f"{task_type}|{name}"])
+            assert error <= 1e-5, f"{key}: relative error {error:.1e}"
+            compared += 1
+    assert compared == 5 * 3 * len(reference)
 
 
 def test_bf16_gradients_of_many_chunks_are_summed_in_fp32():

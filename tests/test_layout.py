@@ -12,7 +12,7 @@ from pipeline.command_line import COMMANDS
 
 ROOT = Path(__file__).resolve().parents[1]
 PIPELINE = ROOT / "pipeline"
-ROOMS = ("data", "model", "runtime", "inference", "evaluation", "mining", "reporting")
+ROOMS = ("data", "model", "runtime", "inference", "evaluation", "mining", "planning", "reporting", "training")
 
 # What a room may import from the pipeline. Entries (the other files directly in pipeline/) may import all of it, and
 # nobody imports an entry.
@@ -28,7 +28,9 @@ ALLOWED = {
     "inference": LEAVES | {"settings", "data", "model", "inference"},
     "evaluation": LEAVES | {"settings", "inference", "evaluation"},
     "reporting": LEAVES | {"settings", "data", "reporting"},
+    "planning": LEAVES | {"settings", "data", "planning"},
     "mining": LEAVES | {"settings", "data", "inference", "mining"},
+    "training": LEAVES | {"settings", "data", "model", "runtime", "inference", "evaluation", "training"},
     "entry": LEAVES | {"settings", *ROOMS},
 }
 

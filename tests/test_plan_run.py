@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from fake_store import make_settings, make_store, plain_rows
 
@@ -13,6 +14,7 @@ from pipeline.data.composing import plan_lengths, sequence_ids
 from pipeline.data.sampling import make_schedule, plan_step
 from pipeline.data.store import open_store
 from pipeline.data.tokenizing import load_tokenizer
+from pipeline.datatypes import BatchPlan
 from pipeline.prompts import get_template
 from pipeline.settings import load_settings
 
@@ -52,6 +54,19 @@ def test_schedule_table(recipe: str, capsys: pytest.CaptureFixture[str]) -> None
     assert lines[3] == "6 steps an epoch; examples: in_batch, up to 5 a query"
 
 
+def slow_count_shown(plan: BatchPlan) -> int:
+    """One candidate of another row at a time."""
+    groups = [plan.passage_text_P[part] for part in np.split(plan.candidate_C, plan.group_offsets[1:-1])]
+    shown = np.split(plan.example_response_E, plan.example_offsets[1:-1])
+    return sum(
+        text in shown[b].tolist() and text != groups[b][0]
+        for b in range(plan.num_queries)
+        for other in range(plan.num_queries)
+        for text in groups[other].tolist()
+        if other != b and plan.in_batch_negatives
+    )
+
+
 def test_step_shows_the_numbers_of_its_plan(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
     store = scored_store()
     schedule = make_schedule(store, make_settings(store))
@@ -64,6 +79,7 @@ def test_step_shows_the_numbers_of_its_plan(recipe: str, capsys: pytest.CaptureF
         assert f"(mean {len(plan.example_row_E) / plan.num_queries:.2f})" in shown["examples per query"]
         assert shown["candidates"].startswith(f"{len(plan.candidate_C)}, 3 to 3 a row")
         assert shown["passages to encode"].startswith(f"{plan.num_passages} (")
+        assert int(shown["shown in-batch"].split()[0]) == slow_count_shown(plan)
         total = int(shown["tokens"].split()[0])
         assert shown["tokens"].endswith("padding 0")
         ranks = [shown[f"rank {rank}"] for rank in range(2)]

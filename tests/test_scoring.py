@@ -38,7 +38,7 @@ from pipeline.files import locked
 from pipeline.mining import models
 from pipeline.mining.folder import folder_digest, own_folder
 from pipeline.mining.models import find_kind
-from pipeline.mining.scoring import Scores, describe
+from pipeline.mining.scoring import TEMPERATURES, Scores, describe
 from pipeline.preprocess import main as preprocess
 from pipeline.score_rows import judge, main, parse_arguments, score_rows
 from pipeline.settings import dump_settings, load_settings
@@ -474,13 +474,24 @@ def test_statistics_count_rows_without_negatives() -> None:
     assert nothing["entropy"] is None and nothing["positive_first"] is None
 
 
+ENTROPY = dict(zip(map(str, TEMPERATURES), (0.0, 0.01, 0.04, 0.2, 0.6, 0.95, 0.99), strict=True))
+
+
 @pytest.mark.parametrize(
-    ("share", "words"), [(0.01, "almost one-hot"), (0.999, "almost uniform"), (0.5, None), (None, "nothing to distil")]
+    ("entropy", "temperature", "words"),
+    [
+        (ENTROPY, 0.5, "at temperature 0.5 the teacher's distribution is almost one-hot (entropy 4.0% of uniform)"),
+        (ENTROPY, 0.2, "at temperature 0.1 the teacher's distribution is almost one-hot (entropy 1.0% of uniform)"),
+        (ENTROPY, 1.0, None),
+        (ENTROPY, 30.0, "almost uniform (entropy 99.0% of uniform)"),
+        (None, 1.0, "nothing to distil"),
+    ],
 )
-def test_warnings(share: float | None, words: str | None) -> None:
-    warnings = judge({"d": {"entropy": None if share is None else {"1.0": share}}})
+def test_warnings(entropy: dict[str, float] | None, temperature: float, words: str | None) -> None:
+    warnings = judge({"d": {"entropy": entropy}}, temperature)
     assert len(warnings) == (words is not None)
     assert words is None or words in warnings[0]
+    assert words is None or entropy is None or "With loss.teacher_temperature=2 it would be 60.0%" in warnings[0]
 
 
 @pytest.mark.parametrize(

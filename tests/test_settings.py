@@ -123,6 +123,25 @@ def test_overrides_keep_their_neighbours(recipe: Path) -> None:
         (["model.name=''"], "model.name is not set"),
         (["batch.queries=0"], "batch.queries=0 must be above 0"),
         (["loss.temperature=0"], "loss.temperature=0.0 must be above 0"),
+        (["loss.teacher_temperature=0"], "loss.teacher_temperature=0.0 must be above 0"),
+        (["loss.filter_margin=1.5"], "loss.filter_margin=1.5 must lie in -1..1"),
+        (["loss.filter_margin=.nan"], "loss.filter_margin=nan must lie in -1..1"),
+        (["loss.filter_ratio=0"], "loss.filter_ratio=0.0 must lie in 0..2"),
+        (["loss.filter_ratio=2"], "loss.filter_ratio=2.0 must lie in 0..2"),
+        (
+            ["loss.filter_margin=0.1", "loss.filter_ratio=0.95"],
+            "loss.filter_margin=0.1 and loss.filter_ratio=0.95 say the same thing in two ways; set one to null",
+        ),
+        (["loss.mask_shown=true", "batch.examples.mode=none"], "mode=none with max_examples=5 shows no passage"),
+        (["loss.mask_shown=true", "batch.examples.mode=filler"], "mode=filler with max_examples=5 shows no passage"),
+        (["loss.mask_shown=true", "batch.examples.max_examples=0"], "with max_examples=0 shows no passage"),
+        (["loss.matryoshka_dims=[64, 64]"], "loss.matryoshka_dims=[64, 64] must be rising, distinct and above 0"),
+        (["loss.matryoshka_dims=[0, 64]"], "loss.matryoshka_dims=[0, 64] must be rising, distinct and above 0"),
+        (["loss.matryoshka_weights=[1]"], "loss.matryoshka_weights=[1.0] must hold one weight for each"),
+        (
+            ["loss.matryoshka_dims=[64]", "loss.matryoshka_weights=[0]"],
+            "loss.matryoshka_weights=[0.0] must be above 0",
+        ),
         (["model.num_layers=0"], "model.num_layers=0 must be above 0"),
         (["optim.max_steps=-1"], "optim.max_steps=-1 must be above 0"),
         (["model.lora.dropout=1"], "model.lora.dropout=1.0 must lie in 0..1"),
@@ -161,6 +180,21 @@ def test_a_recipe_that_is_not_a_mapping(tmp_path: Path, text: str) -> None:
 def test_a_missing_recipe(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no such file"):
         load_settings(tmp_path / "none.yaml")
+
+
+def test_matryoshka_weights_are_1_unless_named(recipe: Path, tmp_path: Path) -> None:
+    settings = load_settings(recipe, ["loss.matryoshka_dims=[64, 256]"])
+    assert settings.loss.matryoshka == ((64, 1.0), (256, 1.0))
+    settings = load_settings(recipe, ["loss.matryoshka_dims=[64, 256]", "loss.matryoshka_weights=[2, 0.5]"])
+    assert settings.loss.matryoshka == ((64, 2.0), (256, 0.5))
+    (tmp_path / "again.yaml").write_text(dump_settings(settings))
+    assert load_settings(tmp_path / "again.yaml") == settings
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
+def test_options_of_the_loss_are_off(path: Path) -> None:
+    loss = load_settings(path).loss
+    assert not (loss.filters_negatives or loss.mask_shown or loss.matryoshka) and loss.teacher_temperature == 1
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)

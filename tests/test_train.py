@@ -1,27 +1,38 @@
 """Whole runs through the deepspeed launcher: resume, bad input, what a run folder holds."""
 
+import dataclasses
 import json
 import os
 import shutil
 import subprocess
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from launching import REPOSITORY, environment, launch, require_success, run_python
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from pipeline.data.store import read_manifest
+from pipeline.data.sampling import make_schedule, plan_step
+from pipeline.data.shown import count_shown
+from pipeline.data.store import open_store, read_manifest
+from pipeline.evaluation.during import record_scores
+from pipeline.inference.description import read_description
+from pipeline.inference.embedder import load_base_embedder, load_embedder
+from pipeline.model.encoder import choose_trained, load_encoder, trainable_parameters
 from pipeline.preprocess import main as preprocess
 from pipeline.runtime.checkpoint import TrainState, find_checkpoint, save_checkpoint
-from pipeline.runtime.engine import read_deepspeed_json
 from pipeline.runtime.ranks import read_ranks
 from pipeline.runtime.runlog import require_tracker
-from pipeline.settings import OptimSettings, load_settings
-from pipeline.train import learning_rate
+from pipeline.runtime.sharding_json import read_deepspeed_json
+from pipeline.runtime.watch import NOT_FINITE
+from pipeline.settings import LoraSettings, OptimSettings, load_settings
+from pipeline.training.steps import learning_rate
 
 TRAIN = REPOSITORY / "pipeline" / "train.py"
 # Two ranks, ZeRO-3, several chunks a step, dropout: what makes exact resume hard.
 COMMON = ["model.lora.dropout=0.1", "optim.max_steps=6", "run.save_every=3", "run.chunk_tokens=300"]
+COMMON += ["loss.filter_margin=0.05", "loss.mask_shown=true", "loss.matryoshka_dims=[16]"]
 
 
 @pytest.fixture(scope="module")
@@ -65,16 +76,29 @@ def test_run_folder_holds_everything(whole_run):
         assert (out / "model" / name).exists(), name
     assert len(losses(out)) == 6 and stdout.count("| loss ") == 6
     metrics = json.loads((out / "metrics.jsonl").read_text().splitlines()[0])
-    assert metrics["chunks"] >= 2 and metrics["passes"] == 2 and metrics["tokens"] > 0
+    assert metrics["chunks"] >= 2 and metrics["passes"] == 2 * metrics["chunks"] - 1 and metrics["tokens"] > 0
+    assert read_description(out / "model").matryoshka_dims == (16,)
     adapter = load_file(out / "model" / "adapter_model.safetensors")
     assert all(value.norm() > 0 for name, value in adapter.items() if "lora_B" in name)
+
+
+def test_masked_negatives_are_counted(recipe, whole_run):
+    out, stdout = whole_run
+    metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    settings = load_settings(recipe)
+    store = open_store(settings.data.store)
+    schedule = make_schedule(store, settings)
+    shown = [count_shown(plan_step(store, schedule, step)) for step in range(6)]
+    assert [m["negatives_shown"] for m in metrics] == shown and sum(shown) > 0
+    filtered = [m["negatives_filtered"] for m in metrics]
+    assert any(filtered) and stdout.count(" filtered |") == sum(n > 0 for n in filtered)
 
 
 def test_resume_on_the_same_ranks_is_bit_for_bit(recipe, whole_run, tmp_path):
     out = cut_back(whole_run[0], tmp_path / "cut")
     result = train(recipe, out)
     require_success(result)
-    assert "resumed from" in result.stdout and "step 3 of 6" in result.stdout
+    assert "step-000003: 3 steps are done" in result.stdout
     assert losses(out) == losses(whole_run[0])
     for name in ("weights.safetensors", "moments.safetensors"):
         resumed = load_file(out / "checkpoints" / "step-000006" / name)
@@ -84,13 +108,111 @@ def test_resume_on_the_same_ranks_is_bit_for_bit(recipe, whole_run, tmp_path):
             assert torch.equal(resumed[key], value), key
 
 
+def write_task(folder, rows):
+    """The rows' queries over the rows' positives; the first three rows are the examples."""
+    (folder / "qrels").mkdir(parents=True)
+    header = {"name": "tiny", "type": "retrieval", "instruction": "Do normal.", "metric": "ndcg_at_10"}
+    (folder / "task.json").write_text(json.dumps(header))
+    examples = [{"query": row["query"], "response": row["pos"][0]} for row in rows[:3]]
+    queries = [{"_id": f"q{i}", "text": row["query"]} for i, row in enumerate(rows[3:])]
+    passages = dict.fromkeys(text for row in rows for text in row["pos"])
+    corpus = [{"_id": f"p{i}", "title": "", "text": text} for i, text in enumerate(passages)]
+    for name, lines in (("examples", examples), ("queries", queries), ("corpus", corpus)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    places = {text: f"p{i}" for i, text in enumerate(passages)}
+    judged = "".join(f"q{i}\t{places[row['pos'][0]]}\t1\n" for i, row in enumerate(rows[3:]))
+    (folder / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\n" + judged)
+    return folder
+
+
+def test_evaluation_on_all_ranks_scores_as_the_saved_model_and_leaves_training_alone(recipe, whole_run, tmp_path):
+    rows = [json.loads(line) for line in (recipe.parent / "data" / "normal.jsonl").read_text().splitlines()]
+    task, out = write_task(tmp_path / "task", rows), tmp_path / "out"
+    require_success(train(recipe, out, f"evaluation.tasks=[{task}]", "evaluation.every=4", "run.keep_last=9"))
+    assert losses(out) == losses(whole_run[0])
+    lines = [json.loads(line) for line in (out / "evaluation.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [4, 6] and lines[0]["best"]
+    assert (out / "best_model" / "adapter_model.safetensors").is_file()
+    scored = run_python(REPOSITORY / "pipeline/evaluate_embedder.py", ["--run", str(out), "--task", str(task)])
+    require_success(scored)
+    found = {s["mode"]: s["value"] for s in json.loads((out / "scores.json").read_text())}
+    assert found.keys() == {"zero_shot", "few_shot"}
+    for mode, value in found.items():
+        assert lines[-1]["scores"][f"tiny/{mode}"] == pytest.approx(value, abs=1e-6)
+
+
+def test_scores_of_steps_done_again_give_way_and_only_a_better_mean_is_the_best(tmp_path):
+    scores = [(2, 0.5), (4, 0.7), (6, 0.6), (4, 0.55), (6, 0.8)]
+    best = [record_scores(tmp_path, step, {"t/zero_shot": 0.0, "t/few_shot": few}) for step, few in scores]
+    assert best == [True, True, False, True, True]
+    lines = [json.loads(line) for line in (tmp_path / "evaluation.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["mean"]) for line in lines] == [(2, 0.5), (4, 0.55), (6, 0.8)]
+
+
+def test_full_fine_tuning_resumes_and_leaves_a_model_of_its_own(recipe, tmp_path):
+    full = ["model.trained=full", "optim.max_steps=4", "run.save_every=2", "run.keep_last=3"]
+    require_success(train(recipe, tmp_path / "whole", *full))
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    shutil.rmtree(tmp_path / "cut" / "checkpoints" / "step-000004")
+    require_success(train(recipe, tmp_path / "cut", *full))
+    last = "checkpoints/step-000004/weights.safetensors"
+    weights = load_file(tmp_path / "whole" / last)
+    resumed = load_file(tmp_path / "cut" / last)
+    assert weights.keys() == resumed.keys() and not any("lora" in name for name in weights)
+    assert all(torch.equal(resumed[name], value) for name, value in weights.items())
+
+    settings = load_settings(recipe)
+    embedder = load_embedder(tmp_path / "whole", show_progress=False)
+    trained = dict(embedder.encoder.named_parameters()) | dict(embedder.encoder.named_buffers())
+    start = dict(load_base_embedder(settings, show_progress=False).encoder.named_parameters())
+    for name, value in weights.items():
+        moved = name.replace("embed_tokens.base.weight", "embed_tokens.weight")
+        assert torch.equal(trained.get(name, trained.get(moved)), value), name
+        assert name not in start or not torch.equal(start[name], value), f"{name} did not move"
+    assert np.isfinite(embedder.encode_queries(["river stone"], "Do normal.")).all()
+
+
+def test_a_run_goes_on_from_an_adapter(recipe, whole_run, tmp_path):
+    folder = whole_run[0] / "model"
+    settings = load_settings(recipe, [f"model.adapter={folder}"])
+    tokens = read_manifest(Path(settings.data.store)).tokens
+
+    def build(model):
+        encoder = load_encoder(model, tokens.marker_ids, tokens.marker_subtokens)
+        choose_trained(encoder, model)
+        return {name: p.detach() for name, p in trainable_parameters(encoder).items()}
+
+    state = load_file(whole_run[0] / "checkpoints" / "step-000006" / "weights.safetensors")
+    found = build(settings.model)
+    assert found.keys() == state.keys() and any("marker_rows" in name for name in state)
+    assert all(torch.equal(found[name], value) for name, value in state.items())
+    wrong = dataclasses.replace(settings.model, lora=LoraSettings(rank=8, alpha=8))
+    with pytest.raises(ValueError, match="has rank 4; set model.lora.rank=4, not 8"):
+        build(wrong)
+    with pytest.raises(ValueError, match="holds no adapter_config.json"):
+        build(dataclasses.replace(settings.model, adapter=str(tmp_path)))
+    with pytest.raises(ValueError, match="model.adapter=.* needs model.trained=lora"):
+        load_settings(recipe, [f"model.adapter={folder}", "model.trained=full"])
+    other = tmp_path / "other"
+    shutil.copytree(folder, other)
+    kept = {name: value for name, value in load_file(folder / "adapter_model.safetensors").items() if "q_proj" in name}
+    save_file(kept, other / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match="adapts other modules than q_proj"):
+        build(dataclasses.replace(settings.model, adapter=str(other)))
+    wider = {name: torch.cat([value, value], dim=1) for name, value in kept.items()}
+    save_file(wider, other / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match="does not fit"):
+        build(dataclasses.replace(settings.model, adapter=str(other)))
+
+
 def test_resume_on_other_ranks_and_stage_is_close(recipe, tmp_path):
-    """Dropout draws go by rank and chunk, so closeness across world sizes is asked of a run without dropout."""
+    """Dropout draws go by rank and chunk, and a filter may turn on rounding: so this is asked of a run without them."""
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    require_success(train(recipe, whole, "model.lora.dropout=0.0"))
+    smooth = ["model.lora.dropout=0.0", "loss.filter_margin=null"]
+    require_success(train(recipe, whole, *smooth))
     cut_back(whole, cut)
     stage1 = f"run.deepspeed={recipe.parent / 'zero1.json'}"
-    require_success(train(recipe, cut, "model.lora.dropout=0.0", stage1, world_size=1))
+    require_success(train(recipe, cut, *smooth, stage1, world_size=1))
     assert losses(cut) == pytest.approx(losses(whole), rel=1e-5)
     truth = load_file(whole / "checkpoints" / "step-000006" / "weights.safetensors")
     resumed = load_file(cut / "checkpoints" / "step-000006" / "weights.safetensors")
@@ -105,7 +227,7 @@ def test_damaged_newest_checkpoint_is_named_and_the_one_before_taken(recipe, who
     weights.write_bytes(weights.read_bytes()[:-100])
     result = train(recipe, out)
     require_success(result)
-    assert "step-000006 is damaged" in result.stdout and "step 3 of 6" in result.stdout
+    assert "step-000006 is damaged" in result.stdout and "step-000003: 3 steps are done" in result.stdout
     assert losses(out) == losses(whole_run[0])
 
 
@@ -142,9 +264,13 @@ def one_error(result):
     ("override", "message"),
     [
         ("optim.lr=0.5", "was saved with optim.lr="),
+        ("run.keep_graphs=2", "run.keep_graphs=2 and ZeRO-3"),
+        ("evaluation.every=2", "evaluation.every=2 and evaluation.tasks=[] belong together"),
+        ("evaluation={every: 2, tasks: [./nowhere]}", "nowhere: no such folder"),
         ("run.chunk_tokens=10", "run.chunk_tokens=10 cannot hold one sequence"),
         ("preprocess.bucket_edges=[7]", "was made with other settings"),
         ("preprocess.max_query_tokens=40", "was made with other settings"),
+        ("loss.matryoshka_dims=[64]", "loss.matryoshka_dims=[64] must lie below the model's width, 64"),
     ],
 )
 def test_bad_input_is_one_clear_message(recipe, whole_run, tmp_path, override, message):
@@ -165,7 +291,9 @@ def test_bad_input_under_the_launcher_is_said_once(recipe, tmp_path):
 def test_a_loss_that_is_not_finite_ends_the_run_with_the_batch_and_a_remedy(recipe, tmp_path):
     result = run_python(TRAIN, ["--config", str(recipe), *COMMON, f"run.output_dir={tmp_path}", "optim.lr=1.0e+36"])
     error = one_error(result)
-    assert "loss is nan at step 1 (dataset " in error and "lower optim.lr" in error
+    assert result.returncode == NOT_FINITE and "loss is nan at step 3 (dataset " in error and "lower optim.lr" in error
+    taken = [json.loads(line)["skipped"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert taken == [False, True, True], "the third bad step in a row ends the run"
 
 
 def test_deepspeed_json_may_not_set_what_the_recipe_owns(tmp_path):

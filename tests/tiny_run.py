@@ -47,22 +47,25 @@ def make_tiny_run(folder: Path) -> Path:
             "seed": 3,
         },
     }
-    for stage in range(4):
-        sharding_config(folder, stage)
+    for name in ("zero0", "zero1", "zero2", "zero3", "zero3_offload", "zero3_hpz"):
+        sharding_config(folder, name)
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe, sort_keys=False))
     return path
 
 
-def sharding_config(folder: Path, stage: int) -> Path:
-    """The repository's config of a ZeRO stage; for stage 3 without the threshold below which weights stay whole.
+def sharding_config(folder: Path, name: str) -> Path:
+    """One of the repository's configs; for stage 3 without the threshold below which weights stay whole.
 
-    All weights of a tiny model lie below it: with the shipped config nothing would be partitioned in a test.
+    All weights of a tiny model lie below it: with the shipped config nothing would be partitioned in a test. hpZ keeps
+    a second copy among the GPUs of a node: here among two ranks.
     """
-    config = json.loads((REPOSITORY / "ds_configs" / f"zero{stage}.json").read_text())
-    if stage == 3:
+    config = json.loads((REPOSITORY / "ds_configs" / f"{name}.json").read_text())
+    if name.startswith("zero3"):
         config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
-    path = folder / f"zero{stage}.json"
+    if "hpz" in name:
+        config["zero_optimization"]["zero_hpz_partition_size"] = 2
+    path = folder / f"{name}.json"
     path.write_text(json.dumps(config))
     return path
 

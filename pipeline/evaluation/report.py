@@ -3,12 +3,12 @@
 import json
 import platform
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from pipeline.files import write_text
-from pipeline.settings import Settings
+from pipeline.settings import LossSettings, Settings
 
 PACKAGES = ("bge-icl-train", "torch", "transformers", "deepspeed", "peft", "mteb", "numpy")
 
@@ -93,11 +93,21 @@ def _markdown_settings(settings: Settings) -> list[str]:
         "datasets": ", ".join(dataset.name for dataset in settings.data.datasets),
         "batch": f"{batch.queries} queries ({batch.symmetric_queries} symmetric), groups of {batch.group_size}, "
         f"examples {batch.examples.mode} 0 to {batch.examples.max_examples}",
-        "optimizer": f"AdamW, {length}, learning rate {optim.lr:g} ({optim.schedule}), temperature "
-        f"{settings.loss.temperature:g}, seed {settings.run.seed}",
+        "loss": _describe_loss(settings.loss),
+        "optimizer": f"AdamW, {length}, learning rate {optim.lr:g} ({optim.schedule}), seed {settings.run.seed}",
         "DeepSpeed": f"{Path(settings.run.deepspeed).name}, chunks of {settings.run.chunk_tokens} tokens",
     }
     return ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())]
+
+
+def _describe_loss(loss: LossSettings) -> str:
+    """The temperature, and every setting that is not the default."""
+    parts = [f"temperature {loss.temperature:g}"]
+    for f in fields(loss):
+        value = getattr(loss, f.name)
+        if f.name != "temperature" and value != f.default:
+            parts.append(f"{f.name} {list(value) if isinstance(value, tuple) else value}")
+    return ", ".join(parts)
 
 
 def _versions() -> list[str]:

@@ -18,11 +18,12 @@ DESCRIPTION_FILE = "embedder.json"
 class EmbedderDescription:
     """Everything beside weights and tokenizer files. Embeddings are always L2-normalised."""
 
-    model: ModelSettings  # the base decoder: name, depth, attention, pooling, dtype
+    model: ModelSettings  # the decoder: name (the folder itself, if it holds every weight), depth, attention, ...
     template: Template
     limits: Limits
     tokens: PromptTokens
     fingerprint: str  # of the tokenizer with markers
+    matryoshka_dims: tuple[int, ...] = ()  # widths below the full one that were trained
 
 
 def read_description(folder: str | Path) -> EmbedderDescription:
@@ -34,7 +35,8 @@ def read_description(folder: str | Path) -> EmbedderDescription:
         tree = json.loads(path.read_text(encoding="utf-8"))
         description = EmbedderDescription(
             model=ModelSettings(
-                name=tree["base_model"],
+                name=str(folder) if tree.get("trained") == "full" else tree["base_model"],
+                trained=tree.get("trained", "lora"),
                 num_layers=tree["num_layers"],
                 attention=tree["attention"],
                 pooling=tree["pooling"],
@@ -44,6 +46,7 @@ def read_description(folder: str | Path) -> EmbedderDescription:
             limits=Limits(**{f.name: tree["limits"][f.name] for f in dataclasses.fields(Limits)}),
             tokens=PromptTokens(**_tuples(tree["prompt_tokens"])),
             fingerprint=tree["tokenizer_fingerprint"],
+            matryoshka_dims=tuple(tree.get("matryoshka_dims", ())),  # folders from before it was written have none
         )
     except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} cannot be read ({error}); it was written by another version or damaged") from error

@@ -8,6 +8,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from pipeline.data.composing import Limits, compose_passage, compose_query
 from pipeline.data.packing import pack_chunk
 from pipeline.data.tokenizing import PromptTokenizer, load_tokenizer, tokenize_pieces
 from pipeline.inference.description import read_description
-from pipeline.model.encoder import Encoder, load_adapter, load_encoder, require_rows
+from pipeline.model.encoder import load_adapter, load_encoder, load_markers, require_rows
 from pipeline.prompts import get_template
 from pipeline.settings import ModelSettings, Settings
 
@@ -34,12 +35,15 @@ CHUNK_TOKENS = {"cpu": 1024, "cuda": 16384}
 class FewShotEmbedder:
     """An encoder with its tokenizer, template and limits; made by `load_embedder` or `load_base_embedder`."""
 
-    encoder: Encoder
+    encoder: Any  # Encoder, or the engine around one
     tokenizer: PromptTokenizer
     limits: Limits
     device: torch.device
     chunk_tokens: int  # token budget of one forward pass
     show_progress: bool = True
+    # (this rank, how many): ranks that share the encoding. Each must make the same calls, and each gets all embeddings.
+    place: tuple[int, int] = (0, 1)
+    dim: int | None = None  # embeddings are cut to this width and made unit vectors again; None: the full width
 
     def encode_queries(self, texts: Sequence[str], instruction: str, examples: Sequence[Example] = ()) -> np.ndarray:
         """Embed queries behind an instruction and in-context examples of the same task.
@@ -91,12 +95,16 @@ class FewShotEmbedder:
     def _encode(self, ids: Sequence[np.ndarray], what: str) -> np.ndarray:
         """Encode composed sequences longest first, so that a chunk holds like lengths and memory peaks at once."""
         if not ids:
-            width = int(self.encoder.decoder.config.hidden_size)  # type: ignore[union-attr, arg-type]
-            return np.zeros((0, width), dtype=np.float32)
+            return np.zeros((0, self.dim or self.encoder.width), dtype=np.float32)
         order = sorted(range(len(ids)), key=lambda s: (-len(ids[s]), s))
-        rows: list[np.ndarray] = []
+        chunks = _chunks(order, [len(i) for i in ids], self.chunk_tokens)
+        rank, num_ranks = self.place
+        # Equally many passes a rank, which ZeRO-3 needs: the last round repeats chunks where there are too few.
+        mine = [min(first + rank, len(chunks) - 1) for first in range(0, len(chunks), num_ranks)]
+        found: dict[int, np.ndarray] = {}
         with tqdm(total=len(ids), desc=f"encode {what}", disable=not self.show_progress, leave=False) as bar:
-            for sequence_S in _chunks(order, [len(i) for i in ids], self.chunk_tokens):
+            for number in mine:
+                sequence_S = chunks[number]
                 chunk = pack_chunk(np.array(sequence_S), [ids[s] for s in sequence_S])
                 embeddings_SD = self.encoder(
                     torch.from_numpy(chunk.input_ids_T).to(self.device),
@@ -104,22 +112,40 @@ class FewShotEmbedder:
                     torch.from_numpy(chunk.cu_seqlens).to(self.device),
                     chunk.max_seqlen,
                 )
-                rows.append(embeddings_SD.float().cpu().numpy())
+                if self.dim is not None:
+                    embeddings_SD = torch.nn.functional.normalize(embeddings_SD[:, : self.dim], dim=1)
+                found[number] = embeddings_SD.float().cpu().numpy()
                 bar.update(len(sequence_S))
-        sorted_ND = np.concatenate(rows)
+        if num_ranks > 1:
+            everyone: list[Any] = [None] * num_ranks
+            torch.distributed.all_gather_object(everyone, found)
+            found = {number: rows for part in everyone for number, rows in part.items()}
+        sorted_ND = np.concatenate([found[number] for number in range(len(chunks))])
         embeddings_ND = np.empty_like(sorted_ND)
         embeddings_ND[order] = sorted_ND
         return embeddings_ND
 
 
-def load_embedder(path: str | Path, chunk_tokens: int | None = None, show_progress: bool = True) -> FewShotEmbedder:
-    """A trained embedder from a run folder or from its model/ folder; ValueError where it is not one."""
+def load_embedder(
+    path: str | Path, chunk_tokens: int | None = None, show_progress: bool = True, dim: int | None = None
+) -> FewShotEmbedder:
+    """A trained embedder from a run folder or from its model/ folder.
+
+    Args:
+        dim: a width of loss.matryoshka_dims, to which embeddings are cut (arXiv 2205.13147).
+
+    Raises:
+        ValueError: the folder holds no trained embedder, or this width was not trained.
+    """
     folder = Path(path)
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder")
     if (folder / "model").is_dir():
         folder = folder / "model"
     description = read_description(folder)
+    if dim is not None and dim not in description.matryoshka_dims:
+        trained = ", ".join(map(str, description.matryoshka_dims)) or "the full width alone"
+        raise ValueError(f"dim={dim} was not trained in {folder} (loss.matryoshka_dims: {trained}); take one that was")
     # The saved tokenizer holds the markers already; which of them have trained rows is known from the saved tokens.
     tokenizer = load_tokenizer(str(folder), description.template)
     if description.fingerprint != tokenizer.fingerprint:
@@ -129,9 +155,11 @@ def load_embedder(path: str | Path, chunk_tokens: int | None = None, show_progre
         )
     tokenizer = dataclasses.replace(tokenizer, tokens=description.tokens)
     embedder = _build(description.model, tokenizer, description.limits, chunk_tokens, show_progress)
-    load_adapter(embedder.encoder, folder)
+    load_markers(embedder.encoder, folder)
+    if description.model.trained == "lora":
+        load_adapter(embedder.encoder, folder)
     embedder.encoder.to(embedder.device).eval()
-    return embedder
+    return dataclasses.replace(embedder, dim=dim)
 
 
 def load_base_embedder(

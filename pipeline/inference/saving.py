@@ -1,9 +1,10 @@
 """The `model/` folder of a run: all that is needed, beside the base model, to embed as in training.
 
 adapter_config.json, adapter_model.safetensors   PEFT's own form (keys of the decoder)
+config.json, model.safetensors                   instead of them where every weight was trained
 markers.safetensors                              trained rows of the template's new markers, if it has any
 tokenizer files                                  with the markers added
-embedder.json                                    base model, layers, attention, pooling, template, limits
+embedder.json                                    base model, layers, attention, pooling, template, limits, widths
 examples.json                                    a few (query, response) pairs of every training set
 """
 
@@ -44,12 +45,21 @@ def save_model(
     partial.mkdir(parents=True)
     weights = {name.removeprefix("decoder."): parts["weight"] for name, parts in trainable.items()}
     markers = {name: value for name, value in weights.items() if name.endswith("marker_rows")}
-    adapters = {name: value for name, value in weights.items() if name not in markers}
-    assert isinstance(encoder.decoder, PeftModel) and len(markers) <= 1
-    save_file(get_peft_model_state_dict(encoder.decoder, state_dict=adapters), partial / "adapter_model.safetensors")
-    config = dataclasses.replace(encoder.decoder.peft_config["default"], inference_mode=True)
-    config.base_model_name_or_path = settings.model.name
-    config.save_pretrained(str(partial))
+    others = {name: value for name, value in weights.items() if name not in markers}
+    assert len(markers) <= 1
+    if isinstance(encoder.decoder, PeftModel):
+        adapters = get_peft_model_state_dict(encoder.decoder, state_dict=others)
+        save_file(adapters, partial / "adapter_model.safetensors")
+        config = dataclasses.replace(encoder.decoder.peft_config["default"], inference_mode=True)
+        config.base_model_name_or_path = settings.model.name
+        config.save_pretrained(str(partial))
+    else:
+        decoder: Any = encoder.decoder
+        # Under the names that the model has without MarkerEmbedding around its table.
+        names = {name: name.replace("embed_tokens.base.", "embed_tokens.") for name in others}
+        whole = {names[name]: value.to(decoder.dtype) for name, value in others.items()}
+        save_file(whole, partial / "model.safetensors", metadata={"format": "pt"})
+        decoder.config.save_pretrained(str(partial))
     for value in markers.values():
         save_file({"marker_rows": value}, partial / MARKERS_FILE)
     tokenizer.tokenizer.save_pretrained(str(partial))
@@ -73,6 +83,7 @@ def _description(tokenizer: PromptTokenizer, settings: Settings) -> dict[str, An
     model = settings.model
     return {
         "base_model": model.name,
+        "trained": model.trained,
         "num_layers": model.num_layers,
         "attention": model.attention,
         "pooling": model.pooling,
@@ -82,6 +93,7 @@ def _description(tokenizer: PromptTokenizer, settings: Settings) -> dict[str, An
         "prompt_tokens": dataclasses.asdict(tokenizer.tokens),
         "tokenizer_fingerprint": tokenizer.fingerprint,
         "limits": dataclasses.asdict(Limits.from_settings(settings.preprocess)),
+        "matryoshka_dims": settings.loss.matryoshka_dims,
     }
 
 

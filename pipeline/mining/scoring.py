@@ -20,7 +20,7 @@ from pipeline.mining.folder import progress_bar
 from pipeline.mining.models import PairModel, TextModel, embed_texts
 
 COSINES_AT_ONCE = 8192
-TEMPERATURES = (0.02, 0.1, 0.5, 1.0, 2.0, 5.0, 10.0)  # 1 is the trainer's
+TEMPERATURES = (0.02, 0.1, 0.5, 1.0, 2.0, 5.0, 10.0)  # of which loss.teacher_temperature may be one
 
 
 @dataclass(frozen=True)

@@ -4,11 +4,14 @@ T packed tokens, S sequences, D width, M marker tokens.
 """
 
 import logging
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from peft.utils import load_peft_weights
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PretrainedConfig
@@ -59,6 +62,12 @@ class Encoder(nn.Module):
         self.pooling = pooling
         self.gives_last_rows = pooling == "last" and keep_last_rows(decoder)
 
+    @property
+    def width(self) -> int:
+        """Numbers of an embedding."""
+        config: Any = self.decoder.config
+        return int(config.hidden_size)
+
     def forward(self, input_ids_T: Tensor, position_ids_T: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
         """embeddings_SD, fp32, L2-normalised, for the S sequences that `cu_seqlens` (int32, S + 1) cuts out."""
         hidden = self.decoder(
@@ -93,12 +102,14 @@ def load_encoder(
     marker_ids: tuple[int, ...],
     marker_subtokens: tuple[tuple[int, ...], ...],
     device_type: str = "cpu",
+    gathered: Callable[[Sequence[nn.Parameter]], AbstractContextManager[None]] = lambda _: nullcontext(),
 ) -> Encoder:
-    """The base decoder, frozen, in `model.dtype`, with rows for markers that its tokenizer did not have.
+    """The base decoder in `model.dtype`, with rows for markers that its tokenizer did not have; nothing trains yet.
 
     Args:
         marker_ids, marker_subtokens: as in the store's prompt tokens. A marker with sub-tokens is new to the model and
             starts from the mean of their rows; one without was there before and is left alone.
+        gathered: context in which parameters that came sharded are whole.
 
     Raises:
         ValueError: no such model, more layers asked for than it has, or a kernel that cannot run here.
@@ -119,11 +130,13 @@ def load_encoder(
         raise ValueError(f"model.name={model.name!r} cannot be loaded: {str(error).splitlines()[0]}") from error
     decoder.requires_grad_(False)
     table: Any = decoder.get_input_embeddings()
-    _keep_whole(table)
     new = [i for i, subtokens in enumerate(marker_subtokens) if subtokens]
-    if new:
+    with gathered([table.weight]), torch.no_grad():
+        if model.trained == "lora":
+            _keep_whole(table)
         # Through the module, not its weight: Gemma's scales what it looks up.
         start = [table(torch.tensor(marker_subtokens[i])).float().mean(0) for i in new]
+    if new:
         rows_MD = torch.stack(start).to(DTYPES[model.dtype])
         decoder.set_input_embeddings(MarkerEmbedding(table, tuple(marker_ids[i] for i in new), rows_MD))
     if model.activation_checkpointing:
@@ -164,7 +177,7 @@ def _keep_whole(embedding: nn.Module) -> None:
     As a parameter it would be gathered in full for every chunk to look up a few rows: 262 MB each time for Mistral-7B,
     more than half of all traffic for a small model.
     """
-    weight = embedding.get_parameter("weight").detach()
+    weight = embedding.get_parameter("weight").detach().clone()  # a sharded one is whole for a moment only
     del embedding._parameters["weight"]
     embedding.register_buffer("weight", weight, persistent=False)
 
@@ -175,6 +188,16 @@ def _keep_first_layers(config: PretrainedConfig, num_layers: int) -> None:
     config.num_hidden_layers = num_layers
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[:num_layers]
+
+
+def choose_trained(encoder: Encoder, model: ModelSettings) -> None:
+    """What trains, as the recipe says: every weight, or adapters (fresh ones, or those of `model.adapter`)."""
+    if model.trained == "full":
+        encoder.decoder.requires_grad_(True)
+        return
+    add_lora(encoder, model.lora)
+    if model.adapter:
+        continue_adapter(encoder, Path(model.adapter), model)
 
 
 def add_lora(encoder: Encoder, lora: LoraSettings) -> None:
@@ -198,17 +221,51 @@ def add_lora(encoder: Encoder, lora: LoraSettings) -> None:
             module.marker_rows.requires_grad_(True)
 
 
-def load_adapter(encoder: Encoder, folder: str | Path) -> None:
-    """Adapters and marker rows of a saved `model/` folder onto a base encoder, for inference."""
-    folder = Path(folder)
+def continue_adapter(encoder: Encoder, folder: Path, model: ModelSettings) -> None:
+    """Weights of an adapter, and its marker rows if it has any, in place of the fresh ones that `add_lora` made.
+
+    Raises:
+        ValueError: no adapter there, or one of another rank, alpha, base or set of modules than the recipe's.
+    """
     if not (folder / "adapter_config.json").is_file():
-        raise ValueError(f"{folder} holds no adapter_config.json: not the model/ folder of a finished run")
+        raise ValueError(f"model.adapter={folder} holds no adapter_config.json; name a run's model/ folder, or PEFT's")
+    saved = LoraConfig.from_pretrained(str(folder))
+    for name, wanted, found in (("rank", model.lora.rank, saved.r), ("alpha", model.lora.alpha, saved.lora_alpha)):
+        if wanted != found:
+            raise ValueError(f"model.adapter={folder} has {name} {found}; set model.lora.{name}={found}, not {wanted}")
+    if Path(saved.base_model_name_or_path or "").name != Path(model.name).name:
+        log.warning("model.adapter %s was trained on %s, not %s", folder, saved.base_model_name_or_path, model.name)
+    try:
+        report: Any = set_peft_model_state_dict(encoder.decoder, load_peft_weights(str(folder), device="cpu"))
+    except RuntimeError as error:
+        raise ValueError(f"model.adapter={folder} does not fit {model.name}: {str(error).splitlines()[-1]}") from error
+    missing = [name for name in report.missing_keys if "lora_" in name]
+    if missing or report.unexpected_keys:
+        odd = [*missing, *report.unexpected_keys]
+        raise ValueError(f"model.adapter={folder} adapts other modules than {', '.join(PROJECTIONS)}: {odd[0]}, ...")
+    if (folder / MARKERS_FILE).is_file():
+        load_markers(encoder, folder)
+
+
+def load_markers(encoder: Encoder, folder: Path) -> None:
+    """Marker rows of a saved `model/` folder, where the template has markers of its own."""
     markers = [module for module in encoder.modules() if isinstance(module, MarkerEmbedding)]
     if bool(markers) != (folder / MARKERS_FILE).is_file():
         raise ValueError(f"{folder / MARKERS_FILE} and the template's markers disagree; was the folder copied in part?")
     for module in markers:
         rows_MD = load_file(folder / MARKERS_FILE)["marker_rows"]
+        if rows_MD.shape != module.marker_rows.shape:
+            raise ValueError(
+                f"{folder / MARKERS_FILE} holds {tuple(rows_MD.shape)} rows, the template needs "
+                f"{tuple(module.marker_rows.shape)}; use the template and the model that it was trained with"
+            )
         module.marker_rows.data.copy_(rows_MD)
+
+
+def load_adapter(encoder: Encoder, folder: Path) -> None:
+    """Adapters of a saved `model/` folder onto a base encoder, for inference."""
+    if not (folder / "adapter_config.json").is_file():
+        raise ValueError(f"{folder} holds no adapter_config.json: not the model/ folder of a finished run")
     encoder.decoder = PeftModel.from_pretrained(encoder.decoder, folder)
 
 

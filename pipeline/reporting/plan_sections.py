@@ -119,9 +119,9 @@ def _teacher(report: Report) -> str:
     if any(t.num_rows < d.table.num_rows for d, t in scored):
         rest += " " + sampled("rows spaced evenly over a dataset, as many as “rows looked at”")
     return table(head, rows, "teacher") + (
-        '<p class="aside">Entropy of the softmax at temperature 1 over a row’s first positive and all its negatives; '
-        "near the uniform value the scores tell nothing apart, near 0 they act as a label. Certainty is 1 - entropy / "
-        f"uniform.{rest}</p>"
+        '<p class="aside">Entropy of the softmax at loss.teacher_temperature=1 over a row’s first positive and all its '
+        "negatives; near the uniform value the scores tell nothing apart, near 0 they act as a label. Certainty is 1 - "
+        f"entropy / uniform.{rest}</p>"
     )
 
 

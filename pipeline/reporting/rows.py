@@ -38,7 +38,9 @@ class TeacherScores:
     num_scored: int  # of them with scores
     lowest: float
     highest: float
-    mean_entropy: float  # of the softmax at temperature 1 over a row's first positive and all its negatives
+    mean_entropy: (
+        float  # of the softmax at loss.teacher_temperature=1 over a row's first positive and all its negatives
+    )
     mean_uniform: float  # what it would be if the teacher told nothing: the mean of log(texts of the group)
 
 

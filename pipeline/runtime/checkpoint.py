@@ -16,14 +16,14 @@ import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pipeline.files import file_sha256, sync
 from pipeline.runtime.engine import MOMENTS
-from pipeline.settings import Settings, dump_settings, load_settings
+from pipeline.settings import Settings, dump_settings, flatten, load_settings
 
 log = logging.getLogger(__name__)
 
@@ -33,9 +33,14 @@ MAY_CHANGE = (
     "run.output_dir",
     "run.deepspeed",
     "run.chunk_tokens",
+    "run.keep_graphs",
     "run.save_every",
     "run.keep_last",
+    "run.max_stall_seconds",
     "run.tracker",
+    "evaluation.tasks",
+    "evaluation.every",
+    "evaluation.num_examples",
     "data.root",
     "data.store",
     "model.attention_kernel",
@@ -46,9 +51,12 @@ MAY_CHANGE = (
 
 @dataclass(frozen=True)
 class TrainState:
-    """Where a run stands: `step` steps are done, so the next one is number `step`."""
+    """Where a run stands: `step` steps are done, so the next one is number `step`. `updates` of them moved the weights;
+    the others had a loss or gradient that is not finite.
+    """
 
     step: int = 0
+    updates: int = 0
     seed: int = 0
     tokens_seen: int = 0
     queries_seen: int = 0
@@ -62,10 +70,43 @@ def save_checkpoint(
     manifest_hash: str,
     keep_last: int,
 ) -> Path:
-    """Write `folder`/step-XXXXXX atomically (first rank only) and remove all but the newest `keep_last`."""
+    """Write `folder`/step-XXXXXX atomically (first rank only) and remove all but the newest `keep_last`.
+
+    Raises:
+        OSError: it cannot be written; the checkpoints that were there are as they were.
+    """
     final = folder / f"step-{state.step:06d}"
     partial = folder / f".partial-{final.name}"
-    shutil.rmtree(partial, ignore_errors=True)
+    for leftover in folder.glob(".partial-*"):  # of a run that was killed while saving
+        shutil.rmtree(leftover)
+    try:
+        _write(partial, state, trainable, settings, manifest_hash)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        newest = max(_checkpoints(folder), key=_step_of, default=None)
+        kept = f"the last complete one is {newest}" if newest else "there is none before it"
+        reason = getattr(error, "strerror", None) or error
+        raise OSError(f"checkpoint {final} cannot be written ({reason}); {kept}; the same command goes on") from error
+    if final.exists():
+        shutil.rmtree(final)
+    partial.rename(final)
+    sync(folder)
+    # Beyond this step there can only be checkpoints that were found damaged: the run went on from before them.
+    found = {_step_of(path): path for path in _checkpoints(folder)}
+    kept_steps = sorted(step for step in found if step <= state.step)[-keep_last:]
+    for step, path in found.items():
+        if step not in kept_steps:
+            shutil.rmtree(path)
+    return final
+
+
+def _write(
+    partial: Path,
+    state: TrainState,
+    trainable: dict[str, dict[str, Tensor]],
+    settings: Settings,
+    manifest_hash: str,
+) -> None:
     partial.mkdir(parents=True)
     save_file({name: parts["weight"] for name, parts in trainable.items()}, partial / FILES[0])
     moments = {f"{name}/{key}": parts[key] for name, parts in trainable.items() for key in MOMENTS}
@@ -76,17 +117,6 @@ def save_checkpoint(
     (partial / "state.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     for path in (*partial.iterdir(), partial):
         sync(path)
-    if final.exists():
-        shutil.rmtree(final)
-    partial.rename(final)
-    sync(folder)
-    # Beyond this step there can only be checkpoints that were found damaged: the run went on from before them.
-    found = {_step_of(path): path for path in _checkpoints(folder)}
-    kept = sorted(step for step in found if step <= state.step)[-keep_last:]
-    for step, path in found.items():
-        if step not in kept:
-            shutil.rmtree(path)
-    return final
 
 
 def find_checkpoint(folder: Path) -> Path | None:
@@ -122,14 +152,16 @@ def load_checkpoint(
             f"{checkpoint} was trained on another token store (manifest {record['manifest_sha256'][:12]}, now "
             f"{manifest_hash[:12]}); restore data.store, or {remedy}"
         )
-    saved = _flatten(dataclasses.asdict(load_settings(checkpoint / "settings.yaml")))
+    saved = flatten(load_settings(checkpoint / "settings.yaml"))
     # Dropout draws go by chunk: with dropout another budget is another run.
     may_change = set(MAY_CHANGE) - ({"run.chunk_tokens"} if settings.model.lora.dropout else set())
-    for key, value in _flatten(dataclasses.asdict(settings)).items():
+    for key, value in flatten(settings).items():
         if key not in may_change and saved.get(key) != value:
             raise ValueError(
                 f"{checkpoint} was saved with {key}={saved.get(key)!r}, now {value!r}; undo that, or {remedy}"
             )
+    if record["state"].keys() != {f.name for f in dataclasses.fields(TrainState)}:
+        raise ValueError(f"{checkpoint} was saved by another version of this code; go on with that one, or {remedy}")
     weights, moments = load_file(checkpoint / FILES[0]), load_file(checkpoint / FILES[1])
     trainable = {
         name: {"weight": weight} | {key: moments[f"{name}/{key}"] for key in MOMENTS}
@@ -145,10 +177,3 @@ def _checkpoints(folder: Path) -> list[Path]:
 
 def _step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step-"))
-
-
-def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat

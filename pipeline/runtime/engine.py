@@ -1,23 +1,25 @@
 """The only place that imports deepspeed: recipe + JSON -> engine, and a backward pass that reduces once a step.
 
-The JSON owns sharding, offload and communication; the recipe owns batch, precision, optimizer and clipping. A JSON
-that sets what the recipe owns is an error.
+The JSON owns sharding, offload and communication; the recipe owns batch, precision, optimizer and clipping
+(sharding_json.py).
 """
 
 import contextlib
 import functools
-import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
+from transformers.integrations import HfDeepSpeedConfig
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from pipeline.model.encoder import trainable_parameters
 from pipeline.runtime.ranks import Ranks
+from pipeline.runtime.sharding_json import read_deepspeed_json, zero_stage
 from pipeline.settings import OptimSettings
 
 # DeepSpeed reads this when it is imported; without it, it looks for a GPU and warns on machines that have none.
@@ -34,21 +36,6 @@ from deepspeed.utils import (
     safe_set_local_optimizer_state,
 )
 
-RECIPE_OWNED = {
-    "train_batch_size": "batch.queries",
-    "train_micro_batch_size_per_gpu": "batch.queries and run.chunk_tokens",
-    "gradient_accumulation_steps": "run.chunk_tokens",
-    "optimizer": "optim",
-    "scheduler": "optim.schedule",
-    "gradient_clipping": "optim.clip_norm",
-    "bf16": "model.dtype",
-    "fp16": "model.dtype",
-    "amp": "model.dtype",
-    "torch_autocast": "model.dtype",
-    "data_types": "model.dtype",
-    "activation_checkpointing": "model.activation_checkpointing",
-    "steps_per_print": "the step line",
-}
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -76,31 +63,14 @@ def stop_distributed() -> None:
     torch.distributed.destroy_process_group()
 
 
-def read_deepspeed_json(path: str | Path) -> dict[str, Any]:
-    """The JSON's contents; ValueError if it is missing, malformed or sets what the recipe owns."""
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"run.deepspeed={path}: no such file; ds_configs/ has one for each ZeRO stage")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"run.deepspeed={path} is not valid JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"run.deepspeed={path} must hold a JSON object, not {type(config).__name__}")
-    for key in RECIPE_OWNED:
-        if key in config:
-            raise ValueError(
-                f"{path} sets {key!r}, which the recipe owns ({RECIPE_OWNED[key]}); remove it from the JSON"
-            )
-    return config
+def _refused(path: str | Path, error: ValidationError) -> ValueError:
+    faults = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+    return ValueError(f"run.deepspeed={path} is refused by DeepSpeed: {faults}")
 
 
-def build_engine(
-    encoder: nn.Module, optim: OptimSettings, dtype: str, deepspeed_json: str | Path, ranks: Ranks
-) -> deepspeed.DeepSpeedEngine:
-    """A DeepSpeed engine around the encoder with AdamW on what trains. The schedule's lr is set at every step."""
-    config = read_deepspeed_json(deepspeed_json)
-    config |= {
+def _complete_config(path: str | Path, optim: OptimSettings, dtype: str) -> dict[str, Any]:
+    """The JSON with what the recipe owns."""
+    return read_deepspeed_json(path) | {
         # Sequences are dealt to ranks by tokens, so DeepSpeed's idea of a batch is only a placeholder.
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
@@ -109,14 +79,49 @@ def build_engine(
         "steps_per_print": 2**31,
         "zero_allow_untested_optimizer": True,
     }
+
+
+@contextlib.contextmanager
+def sharded_loading(path: str | Path, optim: OptimSettings, dtype: str) -> Iterator[None]:
+    """Inside, transformers loads a model straight into ZeRO-3's shards: the first rank alone reads the files (mapped,
+    weight by weight), and no rank holds the model as a whole. Other stages load as ever.
+    """
+    config = _complete_config(path, optim, dtype)
+    if zero_stage(config) < 3:
+        yield
+        return
+    told = HfDeepSpeedConfig(config)  # transformers keeps a weak reference only
+    try:
+        yield
+    except ValidationError as error:
+        raise _refused(path, error) from error
+    finally:
+        unset_hf_deepspeed_config()
+        del told
+
+
+@contextlib.contextmanager
+def gathered(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Inside, parameters that ZeRO-3 has sharded are whole on every rank."""
+    with deepspeed.zero.GatheredParameters([p for p in parameters if hasattr(p, "ds_id")]):
+        yield
+
+
+def build_engine(
+    encoder: nn.Module, optim: OptimSettings, dtype: str, deepspeed_json: str | Path, ranks: Ranks
+) -> deepspeed.DeepSpeedEngine:
+    """A DeepSpeed engine around the encoder with AdamW on what trains. The schedule's lr is set at every step."""
+    config = _complete_config(deepspeed_json, optim, dtype)
     trainable = [p for p in encoder.parameters() if p.requires_grad]
     assert trainable, "nothing to train: add_lora comes before build_engine"
+    if dtype == "bf16":  # PEFT makes adapters in fp32, and DeepSpeed wants one type where weights came sharded
+        for p in trainable:
+            p.data = p.data.to(torch.bfloat16)
     optimizer = torch.optim.AdamW(trainable, lr=optim.lr, weight_decay=optim.weight_decay)
     try:
         engine, *_ = deepspeed.initialize(model=encoder, model_parameters=trainable, optimizer=optimizer, config=config)
     except ValidationError as error:
-        faults = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
-        raise ValueError(f"run.deepspeed={deepspeed_json} is refused by DeepSpeed: {faults}") from error
+        raise _refused(deepspeed_json, error) from error
     if engine.zero_optimization_stage() == 0 and dtype == "bf16":
         # DeepSpeed's wrapper has taken a step on zero gradients by now: undo it, or Adam would count one step too many.
         for p in trainable:
@@ -188,10 +193,16 @@ def take_step(engine: deepspeed.DeepSpeedEngine, lr: float) -> float:
     return float(norm if norm is not None else engine.get_global_grad_norm())
 
 
+def discard_gradients(engine: deepspeed.DeepSpeedEngine) -> None:
+    """Forget the gradient of this step: weights, moments and step count stay as they are."""
+    engine.optimizer.zero_grad()
+    engine.zero_grad()
+
+
 def read_state(engine: deepspeed.DeepSpeedEngine) -> dict[str, dict[str, Tensor]]:
     """What a checkpoint needs, whole and on CPU: name -> {"weight": fp32 master, "exp_avg": ..., "exp_avg_sq": ...}.
 
-    Every rank must call this: under ZeRO the pieces come from all of them.
+    Every rank must call this: under ZeRO the pieces come from all of them. All but the first get nothing back.
     """
     state: dict[str, dict[str, Tensor]] = {}
     for name, p in trainable_parameters(engine.module).items():
@@ -201,6 +212,8 @@ def read_state(engine: deepspeed.DeepSpeedEngine) -> dict[str, dict[str, Tensor]
         else:
             parts = {"weight": safe_get_full_fp32_param(p)}
             parts |= {key: safe_get_full_optimizer_state(p, key) for key in MOMENTS}
+        if torch.distributed.get_rank() > 0:
+            continue
         # A copy: safetensors refuses tensors that share memory, and ZeRO 1-2 give views of one flat buffer.
         state[name] = {key: value.detach().float().cpu().clone().reshape(_shape(p)) for key, value in parts.items()}
     return state

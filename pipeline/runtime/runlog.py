@@ -4,6 +4,7 @@ import hashlib
 import importlib.util
 import json
 import logging
+import math
 import resource
 import sys
 import warnings
@@ -15,8 +16,11 @@ from typing import Any
 import torch
 import transformers
 
+from pipeline.data.sampling import share_saved
+from pipeline.datatypes import BatchPlan
 from pipeline.files import write_text
 from pipeline.runtime.ranks import Ranks
+from pipeline.runtime.step import StepInputs, StepResult
 
 Track = Callable[[dict[str, Any]], None]
 
@@ -32,21 +36,67 @@ class StepMetrics:
     grad_norm: float
     lr: float
     seconds: float
+    seconds_of: dict[str, float]  # data (waited for), pass_1, loss, pass_2, reduce, update; the rest is the log's
     queries: int
     queries_per_second: float
     tokens: int
     tokens_per_second: float
     memory_gib: float  # peak on this rank: allocator on GPU, resident set on CPU
     chunks: int  # per rank
-    passes: int  # forward passes over each chunk
+    passes: int  # forward passes of a rank: one a chunk, and another for each chunk whose graph was not kept
     examples_per_query: float
     examples_dropped: int
     passages: int
     passages_saved: float  # share of candidates that needed no encoding of their own
     examples_missing: int  # drawn, but there were not enough rows that may be shown
     negatives_repeated: int  # to fill groups, where the recipe asks for it
+    negatives_filtered: int  # suspected false negatives that the loss left out, copies counted, all ranks together
+    negatives_shown: int  # in-batch negatives left out because their query's examples show them
     rows_revisited: int
     clipped: bool
+    skipped: bool  # loss or gradient was not finite: the weights did not move
+
+
+def step_metrics(
+    plan: BatchPlan,
+    dataset: str,
+    inputs: StepInputs,
+    result: StepResult,
+    norm: float,
+    lr: float,
+    seconds: dict[str, float],
+    clip_norm: float,
+    ranks: Ranks,
+) -> StepMetrics:
+    """One line of metrics.jsonl."""
+    return StepMetrics(
+        step=plan.step,
+        epoch=plan.epoch,
+        dataset=dataset,
+        loss=result.loss,
+        grad_norm=norm,
+        lr=lr,
+        seconds=seconds["all"],
+        seconds_of={name: round(value, 6) for name, value in seconds.items() if name != "all"},
+        queries=plan.num_queries,
+        queries_per_second=plan.num_queries / seconds["all"],
+        tokens=inputs.num_tokens,
+        tokens_per_second=inputs.num_tokens / seconds["all"],
+        memory_gib=peak_memory_gib(ranks.device),
+        chunks=inputs.num_chunks,
+        passes=result.num_passes,
+        examples_per_query=len(plan.example_row_E) / plan.num_queries,
+        examples_dropped=plan.num_examples_dropped,
+        passages=plan.num_passages,
+        passages_saved=share_saved(plan),
+        examples_missing=plan.num_examples_missing,
+        negatives_repeated=plan.num_candidates_repeated,
+        negatives_filtered=result.num_filtered,
+        negatives_shown=inputs.num_negatives_shown,
+        rows_revisited=plan.num_rows_revisited,
+        clipped=norm > clip_norm,
+        skipped=math.isnan(norm),
+    )
 
 
 def set_up_logging(ranks: Ranks) -> None:
@@ -77,11 +127,13 @@ def peak_memory_gib(device: torch.device) -> float:
 def step_line(m: StepMetrics, total_steps: int, seconds_left: float) -> str:
     """The one line a step that people watch."""
     minutes, seconds = divmod(int(seconds_left), 60)
+    filtered = f"{m.negatives_filtered:,} filtered | " if m.negatives_filtered else ""
     return (
         f"step {m.step + 1}/{total_steps} | {m.dataset} | loss {m.loss:.4f} | grad {m.grad_norm:.2f}"
-        f"{' clipped' if m.clipped else ''} | lr {m.lr:.2e} | {m.queries_per_second:.1f} q/s | "
-        f"{m.tokens_per_second:,.0f} tok/s | mem {m.memory_gib:.2f} GiB | {m.chunks} chunks x {m.passes} | "
-        f"{m.examples_per_query:.1f} examples/q | {m.seconds:.2f} s | "
+        f"{' clipped' if m.clipped else ''}{' NOT TAKEN' if m.skipped else ''} | lr {m.lr:.2e} | "
+        f"{m.queries_per_second:.1f} q/s | {m.tokens_per_second:,.0f} tok/s | "
+        f"mem {m.memory_gib:.2f} GiB | {m.chunks} chunks, {m.passes} passes | "
+        f"{m.examples_per_query:.1f} examples/q | {filtered}{m.seconds:.2f} s | "
         f"eta {minutes // 60}h{minutes % 60:02d}m{seconds:02d}s"
     )
 

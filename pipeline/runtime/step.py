@@ -4,6 +4,7 @@ T packed tokens, S sequences of the step (queries, then distinct passages), B ro
 D width, W ranks.
 """
 
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,13 +14,19 @@ from torch import Tensor
 
 from pipeline.data.composing import Limits, plan_lengths, sequence_ids
 from pipeline.data.packing import deal, pack_chunk
+from pipeline.data.shown import count_shown
 from pipeline.data.store import TokenStore
 from pipeline.datatypes import BatchPlan, PackedChunk
 from pipeline.model.grad_cache import two_pass_step
-from pipeline.model.loss import LossTargets, contrastive_loss
-from pipeline.runtime.engine import one_reduction
-from pipeline.runtime.ranks import Ranks, gather_embeddings, sum_over_ranks
+from pipeline.model.loss import LossTargets, contrastive_loss, count_filtered
+from pipeline.runtime.engine import one_reduction, take_step
+from pipeline.runtime.ranks import Ranks, gather_embeddings, gather_values, sum_over_ranks
+from pipeline.runtime.targets import loss_targets
+from pipeline.runtime.watch import Watch, pass_boundary
 from pipeline.settings import Settings
+
+PHASES = ("pass_1", "loss", "pass_2", "reduce")
+FAULTS = ("", "gradient", "embeddings")
 
 
 @dataclass(frozen=True)
@@ -33,17 +40,26 @@ class StepInputs:
     rows: slice
     num_tokens: int
     num_chunks: int
+    num_negatives_shown: int
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """loss: mean over all rows of the step. num_passes: forward passes made over each chunk."""
+    """loss: mean over all rows of the step. num_passes: forward passes of one rank over all its chunks.
+
+    num_filtered: candidates of all rows left out as suspected false negatives; 0 where the filter is off.
+    """
 
     loss: float
     num_passes: int
+    num_filtered: int
+    fault: str  # what is not finite, and on which rank; empty: nothing
+    seconds: dict[str, float]  # of pass_1, loss (with the exchange of embeddings), pass_2, reduce (over the ranks)
 
 
-def prepare_step(store: TokenStore, limits: Limits, plan: BatchPlan, ranks: Ranks, chunk_tokens: int) -> StepInputs:
+def prepare_step(
+    store: TokenStore, limits: Limits, plan: BatchPlan, ranks: Ranks, chunk_tokens: int, mask_shown: bool
+) -> StepInputs:
     """Deal the plan's sequences to the ranks, pack this rank's chunks, cut out its rows of the loss."""
     length_S = plan_lengths(store, limits, plan)
     dealt = deal(length_S, ranks.world_size, chunk_tokens)
@@ -57,39 +73,11 @@ def prepare_step(store: TokenStore, limits: Limits, plan: BatchPlan, ranks: Rank
         plan=plan,
         chunks=chunks,
         sequences_of_rank=[np.concatenate(chunks_of_rank) for chunks_of_rank in dealt],
-        targets=loss_targets(plan, rows, ranks.device),
+        targets=loss_targets(plan, rows, ranks.device, mask_shown),
         rows=rows,
         num_tokens=int(length_S.sum()),
         num_chunks=len(chunks),
-    )
-
-
-def loss_targets(plan: BatchPlan, rows: slice, device: torch.device) -> LossTargets:
-    """The plan's candidates for the rows of one rank, as tensors."""
-    first, last = plan.group_offsets[rows.start], plan.group_offsets[rows.stop]
-    offsets = plan.group_offsets[rows.start : rows.stop + 1] - first
-    candidate_C = plan.candidate_C[first:last]
-    copies_P = np.bincount(plan.candidate_C, minlength=plan.num_passages)
-    unscored_B = np.add.reduceat(np.isnan(plan.teacher_score_C), plan.group_offsets[:-1]) > 0
-
-    def tensor(array: np.ndarray) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array)).to(device)
-
-    def int32(array: np.ndarray) -> Tensor:
-        assert not len(array) or array.max() < 2**31, "text ids and places in a step fit"
-        return tensor(array.astype(np.int32))
-
-    return LossTargets(
-        candidate_C=int32(candidate_C),
-        row_C=tensor(np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))),
-        group_offsets=int32(offsets),
-        positive_text_B=int32(plan.passage_text_P[candidate_C[offsets[:-1]]]),
-        text_P=int32(plan.passage_text_P),
-        copies_P=int32(copies_P) if plan.in_batch_negatives else None,
-        teacher_score_C=tensor(plan.teacher_score_C[first:last]),
-        num_rows=plan.num_queries,
-        num_scored_rows=int((~unscored_B).sum()),
-        longest_group=int(np.diff(offsets).max(initial=0)),
+        num_negatives_shown=count_shown(plan) if mask_shown else 0,
     )
 
 
@@ -103,21 +91,41 @@ def encode_chunk(encoder: Any, chunk: PackedChunk, device: torch.device) -> Tens
     )
 
 
-def run_step(engine: Any, inputs: StepInputs, settings: Settings, ranks: Ranks) -> StepResult:
+def run_step(
+    engine: Any, inputs: StepInputs, settings: Settings, ranks: Ranks, watch: Watch | None = None
+) -> StepResult:
     """Forward and backward of one global step: afterwards the engine holds the gradient and may step.
+
+    Before every chunk the ranks pass a boundary of the watch, if there is one, where a stop can be asked for.
 
     Dropout differs between ranks, chunks and steps and is a function of (seed, step, rank, chunk) alone, so a step
     that is replayed after a restart makes the same draws.
     """
-    plan = inputs.plan
+    plan, num_encoded, local_is_finite = inputs.plan, 0, torch.tensor(True)
+    num_filtered = torch.zeros((), dtype=torch.int64, device=ranks.device)
+    moments = [_moment(ranks.device)]
+
+    def encode(chunk: PackedChunk) -> Tensor:
+        nonlocal num_encoded
+        if watch is not None:
+            place = f"forward pass {num_encoded + 1} over {inputs.num_chunks} chunks"
+            pass_boundary(watch, f"step {plan.step}, {place}")
+        num_encoded += 1
+        return encode_chunk(engine, chunk, ranks.device)
 
     def embedding_gradients(cached: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
         real = [e for e, chunk in zip(cached, inputs.chunks, strict=True) if chunk.sequence_S[0] >= 0]
+        nonlocal local_is_finite
+        moments.append(_moment(ranks.device))
         local_SD = torch.cat(real) if real else cached[0][:0]
+        local_is_finite = local_SD.isfinite().all()
         all_SD = gather_embeddings(local_SD, inputs.sequences_of_rank, ranks).requires_grad_()
         query_BD, passage_PD = all_SD[inputs.rows], all_SD[plan.num_queries :]
         # Embeddings stay fp32: the loss is a millionth of a step's arithmetic, and bf16 costs 0.3 % of the gradient.
         share = contrastive_loss(query_BD, passage_PD, inputs.targets, settings.loss, settings.model.embed_kernels)
+        if settings.loss.filters_negatives:
+            mine = count_filtered(query_BD, passage_PD, inputs.targets, settings.loss)
+            num_filtered.copy_(sum_over_ranks(mine, ranks))
         share.backward()
         assert all_SD.grad is not None
         # DeepSpeed averages gradients over the ranks; the loss is one mean over all rows, so undo that here.
@@ -128,19 +136,53 @@ def run_step(engine: Any, inputs: StepInputs, settings: Settings, ranks: Ranks) 
             else torch.zeros_like(embeddings)
             for chunk, embeddings in zip(inputs.chunks, cached, strict=True)
         ]
-        return sum_over_ranks(share.detach(), ranks), gradients
+        total = sum_over_ranks(share.detach(), ranks)
+        moments.append(_moment(ranks.device))
+        return total, gradients
 
+    assert settings.run.keep_graphs == 1 or engine.zero_optimization_stage() < 3, "require_keepable comes first"
     with one_reduction(engine) as backward:
         result = two_pass_step(
             inputs.chunks,
             [chunk_seed(settings.run.seed, plan.step, ranks.rank, i) for i in range(len(inputs.chunks))],
-            lambda chunk: encode_chunk(engine, chunk, ranks.device),
+            encode,
             embedding_gradients,
             backward,
+            settings.run.keep_graphs,
         )
-    return StepResult(float(result.loss), result.num_passes)
+        moments.append(_moment(ranks.device))
+        norm = torch.nn.utils.get_total_norm([p.grad for p in engine.parameters() if p.grad is not None])
+    # A bad embedding on one rank makes every rank's gradient bad: only the rank where it began is named.
+    level_W = gather_values(2 if not local_is_finite else 0 if norm.isfinite() else 1, ranks)
+    worst = int(max(level_W))
+    bad = ", ".join(str(rank) for rank, level in enumerate(level_W) if level == worst)
+    moments.append(_moment(ranks.device))
+    return StepResult(
+        loss=float(result.loss),
+        num_passes=result.num_passes,
+        num_filtered=int(num_filtered),
+        fault=f"the {FAULTS[worst]} of rank {bad}" if worst else "",
+        seconds={name: stop - start for name, start, stop in zip(PHASES, moments[:-1], moments[1:], strict=True)},
+    )
+
+
+def _moment(device: torch.device) -> float:
+    """Now, when the GPU has done what it was given: four waits a step."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def chunk_seed(seed: int, step: int, rank: int, chunk: int) -> int:
     """Seed of a chunk's dropout."""
     return int(np.random.SeedSequence((seed, step, rank, chunk)).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def make_optimizer_state(engine: Any, ranks: Ranks) -> None:
+    """One optimizer step that changes nothing to keep: it makes the moments exist, so that they can be set."""
+    one_token = np.zeros(1, dtype=np.int64)
+    dummy = PackedChunk(one_token, one_token, np.array([0, 1], dtype=np.int32), one_token - 1, 1)
+    with one_reduction(engine) as backward:
+        embeddings_SD = encode_chunk(engine, dummy, ranks.device)
+        backward(embeddings_SD, torch.zeros_like(embeddings_SD), True)
+    take_step(engine, 0.0)

@@ -1,0 +1,101 @@
+"""From settings, DeepSpeed's JSON and a store (or stated lengths) to the case that is estimated.
+
+S sequences of a step (queries, then distinct passages).
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from pipeline.data.composing import plan_lengths
+from pipeline.data.sampling import Schedule, plan_step
+from pipeline.data.store import TokenStore
+from pipeline.planning.activations import Kernels
+from pipeline.planning.estimate import Case, Cluster, Load
+from pipeline.planning.shapes import ModelShape
+from pipeline.planning.sharding import Sharding
+from pipeline.settings import PreprocessSettings, Settings
+
+SAMPLED_STEPS = 16
+ELEMENT = {"bf16": 2, "fp32": 4}
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What the run works on: one step, how many of them, and where that is known from."""
+
+    load: Load
+    steps: int | None  # of the whole run; None: not known
+    steps_per_epoch: int | None
+    source: str
+
+
+def sampled_workload(store: TokenStore, schedule: Schedule, settings: Settings) -> Workload:
+    """Lengths of steps spread evenly over the first epoch: those that training will have, not of a model of them."""
+    per_epoch = schedule.steps_per_epoch
+    steps = sorted({int(s) for s in np.linspace(0, per_epoch - 1, min(SAMPLED_STEPS, per_epoch)).round()})
+    plans = [plan_step(store, schedule, step) for step in steps]
+    lengths = [plan_lengths(store, schedule.limits, plan) for plan in plans]
+    load = Load(
+        tokens=float(np.mean([length_S.sum() for length_S in lengths])),
+        squares=float(np.mean([(length_S.astype(np.float64) ** 2).sum() for length_S in lengths])),
+        queries=max(plan.num_queries for plan in plans),
+        sequences=float(np.mean([len(length_S) for length_S in lengths])),
+        largest=max(int(length_S.sum()) for length_S in lengths),
+        most_sequences=max(len(length_S) for length_S in lengths),
+        longest=max(int(length_S.max()) for length_S in lengths),
+    )
+    total = settings.optim.max_steps or math.ceil(settings.optim.epochs * per_epoch)
+    return Workload(load, total, per_epoch, f"{len(steps)} of {per_epoch:,} steps of the store")
+
+
+def stated_workload(settings: Settings, query_tokens: int, passage_tokens: int, steps: int | None) -> Workload:
+    """Full batches of sequences as long as stated, no passage twice; ValueError for means above the limits."""
+    p, batch = settings.preprocess, settings.batch
+    longest_query = longest_sequence(p, batch.examples.asked_for)
+    for flag, value, limit in (
+        ("--query-tokens", query_tokens, longest_query),
+        ("--passage-tokens", passage_tokens, p.max_passage_tokens),
+    ):
+        if not 0 < value <= limit:
+            raise ValueError(f"{flag} {value}: a mean of sequences that the recipe limits to {limit} tokens")
+    queries, passages = batch.queries, batch.queries * batch.group_size
+    tokens = queries * query_tokens + passages * passage_tokens
+    load = Load(
+        tokens=float(tokens),
+        squares=float(queries * query_tokens**2 + passages * passage_tokens**2),
+        queries=queries,
+        sequences=float(queries + passages),
+        largest=tokens,
+        most_sequences=queries + passages,
+        longest=max(longest_query, p.max_passage_tokens),
+    )
+    return Workload(load, settings.optim.max_steps or steps, None, "stated means, no store")
+
+
+def longest_sequence(p: PreprocessSettings, with_examples: bool) -> int:
+    """Tokens of the longest query that the limits allow."""
+    return p.max_prompt_tokens if with_examples else p.max_query_tokens
+
+
+def make_case(settings: Settings, shape: ModelShape, sharding: Sharding, cluster: Cluster, load: Load) -> Case:
+    """The case of a run on GPUs."""
+    model = settings.model
+    return Case(
+        shape=shape,
+        sharding=sharding,
+        kernels=Kernels(
+            element=ELEMENT[model.dtype],
+            fused=model.dtype == "bf16" and model.attention_kernel != "sdpa",
+            dropout=model.lora.dropout > 0,
+            checkpointing=model.activation_checkpointing,
+            keeps_inputs=sharding.stage == 3,
+        ),
+        cluster=cluster,
+        load=load,
+        chunk_tokens=settings.run.chunk_tokens,
+        causal=model.attention == "causal",
+        fused_loss=model.embed_kernels != "torch",
+        graphs=settings.run.keep_graphs,
+    )

@@ -1,0 +1,107 @@
+"""One rank's run before its first step: data, model and engine, each refused early where it cannot be right."""
+
+import importlib.util
+import logging
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.data.sampling import Schedule, check_world_size, make_schedule, plan_step
+from pipeline.data.store import TokenStore, open_store, require_match, verify_shards
+from pipeline.data.tokenizing import PromptTokenizer, load_tokenizer
+from pipeline.evaluation.tasks import RetrievalTask, load_task
+from pipeline.files import file_sha256
+from pipeline.model.encoder import Encoder, choose_trained, load_encoder, require_rows
+from pipeline.model.loss import require_dims
+from pipeline.prompts import get_template
+from pipeline.runtime.engine import build_engine, gathered, sharded_loading
+from pipeline.runtime.guards import code_versions, digest_plan, require_alike
+from pipeline.runtime.ranks import Ranks, together
+from pipeline.runtime.runlog import require_tracker
+from pipeline.runtime.sharding_json import require_keepable
+from pipeline.runtime.watch import Watch, mark
+from pipeline.settings import EvaluationSettings, Settings, flatten
+
+log = logging.getLogger("train")
+
+
+@dataclass(frozen=True)
+class Run:
+    """What stays as it is from the first step to the last."""
+
+    settings: Settings
+    out: Path
+    ranks: Ranks
+    watch: Watch
+    store: TokenStore
+    manifest_hash: str
+    schedule: Schedule
+    tokenizer: PromptTokenizer
+    tasks: tuple[RetrievalTask, ...]  # to evaluate on
+    encoder: Encoder
+    engine: Any
+    total_steps: int
+
+
+def set_up(settings: Settings, ranks: Ranks, watch: Watch) -> Run:
+    """Data, model and engine of one rank; ValueErrors for what a user can mend."""
+    out = Path(settings.run.output_dir)
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"run.output_dir={out} is a file; name a folder")
+    # What is wrong should not be found after the model is loaded.
+    require_keepable(settings.run.deepspeed, settings.run.keep_graphs)
+    require_alike(code_versions() | {f"setting {k}": repr(v) for k, v in flatten(settings).items()}, ranks)
+    require_tracker(settings.run.tracker)
+    tasks = load_tasks(settings.evaluation)
+
+    # Data: refuse a store that this recipe did not make, or that is damaged (each rank reads its share of the shards).
+    mark(watch, "the check of the token store")
+    store = open_store(settings.data.store, verify=False)
+    together(lambda: verify_shards(settings.data.store, ranks.rank, ranks.world_size), ranks)
+    tokenizer = load_tokenizer(settings.tokenizer_name, get_template(settings.preprocess.template))
+    manifest_hash = file_sha256(Path(settings.data.store) / "manifest.json")
+    require_alike({"token store": manifest_hash, "tokenizer": tokenizer.fingerprint}, ranks)
+    require_match(store, settings, tokenizer.fingerprint)
+    schedule = make_schedule(store, settings)
+    check_world_size(schedule, ranks.world_size)
+    require_alike({"first plan": digest_plan(plan_step(store, schedule, 0))}, ranks)
+    total_steps = settings.optim.max_steps or math.ceil(settings.optim.epochs * schedule.steps_per_epoch)
+    log.info("store %s: %d datasets, %d steps", settings.data.store, len(store.datasets), total_steps)
+
+    # Model: the frozen base, what trains (the same on every rank), and the engine around them.
+    mark(watch, "the loading of the model")
+    markers = (tokenizer.tokens.marker_ids, tokenizer.tokens.marker_subtokens)
+    with sharded_loading(settings.run.deepspeed, settings.optim, settings.model.dtype):
+        encoder = load_encoder(settings.model, *markers, ranks.device.type, gathered)
+    require_rows(encoder, tokenizer.largest_id)
+    require_dims(settings.loss, encoder.width)
+    torch.manual_seed(settings.run.seed)
+    choose_trained(encoder, settings.model)
+    encoder.train()
+    engine = build_engine(encoder, settings.optim, settings.model.dtype, settings.run.deepspeed, ranks)
+    log.info("%s, ZeRO-%d, %d ranks", describe(encoder), engine.zero_optimization_stage(), ranks.world_size)
+    return Run(
+        settings, out, ranks, watch, store, manifest_hash, schedule, tokenizer, tasks, encoder, engine, total_steps
+    )
+
+
+def load_tasks(evaluation: EvaluationSettings) -> tuple[RetrievalTask, ...]:
+    """The tasks to evaluate on; ValueError where one is not whole, or what scores is not installed."""
+    if evaluation.every and importlib.util.find_spec("mteb") is None:
+        raise ValueError("evaluation.tasks needs mteb, which is not installed; pip install bge-icl-train[eval]")
+    return tuple(load_task(folder) for folder in evaluation.tasks)
+
+
+def describe(encoder: torch.nn.Module) -> str:
+    """Parameter counts as one phrase."""
+
+    def count(p: torch.nn.Parameter) -> int:
+        return getattr(p, "ds_numel", p.numel())
+
+    trained = sum(count(p) for p in encoder.parameters() if p.requires_grad)
+    # Buffers too: the frozen embedding table is one.
+    total = sum(count(p) for p in encoder.parameters()) + sum(b.numel() for b in encoder.buffers())
+    return f"{total / 1e6:.1f} M parameters, {trained / 1e6:.2f} M of them trained"

@@ -1,0 +1,179 @@
+"""The loop over steps: resume, step, line, evaluation, checkpoint."""
+
+import dataclasses
+import logging
+import math
+import time
+from concurrent.futures import Executor
+from pathlib import Path
+
+import numpy as np
+
+from pipeline.data.composing import Limits
+from pipeline.data.sampling import plan_step
+from pipeline.files import write_text
+from pipeline.inference.embedder import FewShotEmbedder
+from pipeline.inference.saving import save_model
+from pipeline.runtime.checkpoint import TrainState, find_checkpoint, load_checkpoint, save_checkpoint
+from pipeline.runtime.engine import discard_gradients, read_state, take_step, write_state
+from pipeline.runtime.guards import is_spike, too_late
+from pipeline.runtime.ranks import from_first, together
+from pipeline.runtime.runlog import append_metrics, open_tracker, start_metrics, step_line, step_metrics
+from pipeline.runtime.step import StepInputs, make_optimizer_state, prepare_step, run_step
+from pipeline.runtime.watch import StopRequested, mark
+from pipeline.settings import OptimSettings, dump_settings
+from pipeline.training.run import Run
+
+log = logging.getLogger("train")
+
+STOPPED_AT = "stopped_at"  # in the run folder: the steps done by a run that was asked to stop
+MAX_BAD_STEPS = 3
+REMEDY = "lower optim.lr or lengthen optim.warmup_steps, and look at the rows with pipeline/plan_run.py --step"
+
+
+def resume(run: Run) -> TrainState:
+    """Where the run stands: nothing to ask for, the newest complete checkpoint is taken."""
+    mark(run.watch, "the search for a checkpoint")
+    out, ranks = run.out, run.ranks
+    state = TrainState(seed=run.settings.run.seed)
+    found = together(lambda: find_checkpoint(out / "checkpoints") if ranks.is_first else None, ranks)
+    checkpoint = from_first(found, ranks)
+    if checkpoint is not None:
+        state, trainable = together(lambda: load_checkpoint(checkpoint, run.settings, run.manifest_hash), ranks)
+        make_optimizer_state(run.engine, ranks)
+        write_state(run.engine, trainable, state.updates, ranks)
+        log.info("resumed from %s: %d steps are done", checkpoint, state.step)
+    if ranks.is_first:
+        (out / STOPPED_AT).unlink(missing_ok=True)
+        write_text(out / "settings.yaml", dump_settings(run.settings))
+        start_metrics(out / "metrics.jsonl", state.step)
+    return state
+
+
+def train_steps(run: Run, state: TrainState, loader: Executor) -> TrainState:
+    """All steps from `state` to the last; raises what `train` raises."""
+    settings, ranks, out = run.settings, run.ranks, run.out
+    limits, evaluate_every = Limits.from_settings(settings.preprocess), settings.evaluation.every
+    track = open_tracker(settings.run.tracker if ranks.is_first else "none", out, dataclasses.asdict(settings))
+    saved_step, save_seconds, bad_in_a_row = state.step, 0.0, 0
+    recent: list[float] = []
+    losses: dict[int, list[float]] = {}  # the last ones of each dataset
+
+    def load(step: int) -> StepInputs:
+        plan = plan_step(run.store, run.schedule, step)
+        return prepare_step(run.store, limits, plan, ranks, settings.run.chunk_tokens, settings.loss.mask_shown)
+
+    coming = loader.submit(load, state.step)
+    while state.step < run.total_steps:
+        started = time.perf_counter()
+        if ranks.is_first and (hurry := too_late(recent, save_seconds)):
+            run.watch.asked = hurry
+        inputs = coming.result()
+        plan, seconds = inputs.plan, {"data": time.perf_counter() - started}
+        if state.step + 1 < run.total_steps:
+            coming = loader.submit(load, state.step + 1)
+        lr = learning_rate(settings.optim, state.step, run.total_steps)
+        try:
+            result = run_step(run.engine, inputs, settings, ranks, run.watch)
+        except StopRequested as stop:
+            # Weights do not change inside a step: those after the last one are saved, and this one is done again.
+            if saved_step < state.step:
+                save(run, state)
+            if ranks.is_first:
+                write_text(out / STOPPED_AT, f"{state.step}\n")
+            raise StopRequested(f"{stop}; {state.step} of {run.total_steps} steps are done and saved") from None
+        dataset = run.store.datasets[plan.dataset].name
+        where = f"step {state.step} (dataset {dataset}, rows {plan.row_B[:8].tolist()}...)"
+        if result.fault or not math.isfinite(result.loss):
+            bad_in_a_row, norm = bad_in_a_row + 1, math.nan
+            discard_gradients(run.engine)
+            fault = f"loss is {result.loss} at {where}, not finite: {result.fault or 'the loss alone'}"
+            if bad_in_a_row == MAX_BAD_STEPS:
+                raise FloatingPointError(f"{fault}; {bad_in_a_row} steps in a row were like that; {REMEDY}")
+            if ranks.is_first:
+                log.warning("%s; no rank takes this step", fault)
+        else:
+            updating = time.perf_counter()
+            bad_in_a_row, norm = 0, take_step(run.engine, lr)
+            seconds["update"] = time.perf_counter() - updating
+            if not math.isfinite(norm):
+                raise FloatingPointError(f"gradient norm is {norm} at {where}; the last checkpoint is older; {REMEDY}")
+        seconds = {"all": time.perf_counter() - started} | seconds | result.seconds
+        state = TrainState(
+            step=state.step + 1,
+            updates=state.updates + (not bad_in_a_row),
+            seed=state.seed,
+            tokens_seen=state.tokens_seen + inputs.num_tokens,
+            queries_seen=state.queries_seen + plan.num_queries,
+        )
+
+        if ranks.is_first:
+            if is_spike(losses.setdefault(plan.dataset, []), result.loss):
+                log.warning("loss %.4f is more than 3 times what it was lately: %s", result.loss, where)
+            metrics = step_metrics(plan, dataset, inputs, result, norm, lr, seconds, settings.optim.clip_norm, ranks)
+            # The first steps are slow (allocation, compilation): the estimate forgets them.
+            recent = [*recent[-19:], seconds["all"]]
+            log.info(step_line(metrics, run.total_steps, float(np.median(recent)) * (run.total_steps - state.step)))
+            append_metrics(out / "metrics.jsonl", metrics)
+            track(dataclasses.asdict(metrics))
+
+        at_end = state.step == run.total_steps
+        if evaluate_every and (at_end or state.step % evaluate_every == 0):
+            evaluate(run, state)
+        if at_end or state.step % settings.run.save_every == 0:
+            save_seconds, saved_step = save(run, state), state.step
+    return state
+
+
+def save(run: Run, state: TrainState) -> float:
+    """Write a checkpoint; returns the seconds. All ranks wait for it: a full disk then ends the run on all of them."""
+    started = time.perf_counter()
+    mark(run.watch, f"saving after {state.step} steps")
+    trainable = read_state(run.engine)
+
+    def write() -> Path | None:
+        if not run.ranks.is_first:
+            return None
+        folder, keep_last = run.out / "checkpoints", run.settings.run.keep_last
+        return save_checkpoint(folder, state, trainable, run.settings, run.manifest_hash, keep_last)
+
+    log.info("saved %s", together(write, run.ranks))
+    return time.perf_counter() - started
+
+
+def evaluate(run: Run, state: TrainState) -> None:
+    """Score the model as it is on the recipe's tasks, all ranks together; the best one stands in best_model/."""
+    from pipeline.evaluation.during import record_scores, score_tasks  # mteb takes seconds to load
+
+    started, ranks, settings = time.perf_counter(), run.ranks, run.settings
+    mark(run.watch, f"evaluating after {state.step} steps")
+    embedder = FewShotEmbedder(
+        encoder=run.engine,
+        tokenizer=run.tokenizer,
+        limits=Limits.from_settings(settings.preprocess),
+        device=ranks.device,
+        chunk_tokens=settings.run.chunk_tokens,
+        show_progress=False,
+        place=(ranks.rank, ranks.world_size),
+    )
+    run.engine.eval()
+    scores = score_tasks(embedder, run.tasks, settings.evaluation.num_examples)
+    run.engine.train()
+    shown = ", ".join(f"{name} {value:.4f}" for name, value in scores.items())
+    best = from_first(ranks.is_first and record_scores(run.out, state.step, scores), ranks)
+    took = f"{time.perf_counter() - started:.0f} s{'; the best so far' if best else ''}"
+    log.info("after %d steps: %s (%s)", state.step, shown, took)
+    if best:
+        trainable = read_state(run.engine)
+        if ranks.is_first:
+            save_model(run.out / "best_model", run.encoder, trainable, run.tokenizer, settings, run.store)
+
+
+def learning_rate(optim: OptimSettings, step: int, total_steps: int) -> float:
+    """Linear warm-up to optim.lr, then linear or cosine decay that would reach 0 one step after the last."""
+    if step < optim.warmup_steps:
+        return optim.lr * (step + 1) / optim.warmup_steps
+    progress = (step - optim.warmup_steps) / max(1, total_steps - optim.warmup_steps)
+    if optim.schedule == "cosine":
+        return optim.lr * 0.5 * (1 + math.cos(math.pi * progress))
+    return optim.lr * (1 - progress)

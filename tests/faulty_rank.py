@@ -1,0 +1,65 @@
+"""pipeline/train.py with a fault in one rank, told by the variable FAULT: `KIND RANK STEP [argument]`.
+
+signal 1 2 SIGUSR1   rank 1 sends itself the signal in step 2, between two chunks
+stall 1 2            rank 1 sleeps at the beginning of step 2
+nan 1 2              rank 1's trained weights are NaN from step 2 on
+odd 1 0 batch.x=3    rank 1 is started with another setting
+kill_saving 0 3      rank 0 is killed while it writes the checkpoint of step 3
+full 0 6             rank 0 finds the disk full when it writes the checkpoint of step 6
+"""
+
+import math
+import os
+import resource
+import signal
+import sys
+import time
+
+from pipeline import train
+from pipeline.runtime import checkpoint, step
+from pipeline.training import steps
+
+kind, rank, at, *rest = os.environ["FAULT"].split()
+here = os.environ.get("RANK", "0") == rank
+encode_chunk, save_checkpoint, sync = step.encode_chunk, checkpoint.save_checkpoint, checkpoint.sync
+run_step, num_encoded, current = steps.run_step, 0, -1
+
+
+def run_faulty_step(engine, inputs, settings, ranks, watch):
+    global current, num_encoded
+    current, num_encoded = inputs.plan.step, 0
+    if kind == "stall" and current == int(at):
+        watch.max_stall_seconds = 4  # on all ranks: their start may take longer than a test should wait
+        if here:
+            time.sleep(600)
+    if kind == "nan" and here and current == int(at):
+        for p in engine.parameters():
+            if p.requires_grad:
+                p.data.fill_(math.nan)
+    return run_step(engine, inputs, settings, ranks, watch)
+
+
+def encode_faulty(*arguments):
+    global num_encoded
+    num_encoded += 1
+    if kind == "signal" and current == int(at) and num_encoded == 2:
+        os.kill(os.getpid(), getattr(signal, rest[0]))
+    return encode_chunk(*arguments)
+
+
+def save_faulty(folder, state, *arguments):
+    if state.step == int(at):
+        if kind == "full":
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+        if kind == "kill_saving":
+            checkpoint.sync = lambda path: os.kill(os.getpid(), signal.SIGKILL)
+    return save_checkpoint(folder, state, *arguments)
+
+
+if __name__ == "__main__":
+    steps.run_step = run_faulty_step
+    if here:
+        step.encode_chunk, steps.save_checkpoint = encode_faulty, save_faulty
+        if kind == "odd":
+            sys.argv += rest
+    raise SystemExit(train.main())
