@@ -37,9 +37,9 @@ def prove_trainer(data: Path) -> list[Row]:
 
 
 def run_command(recipe: Path, out: Path) -> list[str]:
-    """A small run with dropout and several chunks a step that saves after every other step."""
+    """A small run with dropout and several chunks a step that saves after each of them."""
     overrides = ["batch.queries=16", "batch.symmetric_queries=16", "run.chunk_tokens=512", "model.lora.dropout=0.1"]
-    overrides += [f"optim.max_steps={STEPS}", "run.save_every=2", f"run.keep_last={STEPS}", f"run.output_dir={out}"]
+    overrides += [f"optim.max_steps={STEPS}", "run.save_every=1", f"run.keep_last={STEPS}", f"run.output_dir={out}"]
     launcher = ["deepspeed", "--num_accelerators", "2", "--master_port", free_port()]
     return [*launcher, str(TRAIN), "--config", str(recipe), *overrides]
 
@@ -77,7 +77,7 @@ def kills(recipe: Path) -> list[Row]:
     shown = ", ".join(f"{count} x {kind}" for kind, count in sorted(kinds.items()))
     return [
         row(
-            f"a run of {STEPS} steps on 2 ranks (ZeRO-3, dropout, several chunks a step, saved every other step), "
+            f"a run of {STEPS} steps on 2 ranks (ZeRO-3, dropout, several chunks a step, saved after each), "
             f"killed {KILLS} times at random moments and started again",
             "every checkpoint of it equals the undisturbed run's, weights and moments, bit for bit",
             f"{shown}; {len(wrong)} checkpoints differ; it came to its end {finished + 1} times; exit codes "
