@@ -102,10 +102,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         return report(error, ranks, 2)
     except RuntimeError as error:
-        if watch is None or not is_lost_peer(error):
+        if watch is None or not is_lost_peer(error, ranks):
             raise
         where = f"{watch.place}; {who_is_behind(watch)}"
         print(f"error: rank {ranks.rank} lost another rank at {where}; the same command goes on", file=sys.stderr)
+        print(f"[rank {ranks.rank}] what failed: {error}", file=sys.stderr, flush=True)
         os._exit(LOST)  # the process group cannot be left in order any more
     stop_distributed()
     return code

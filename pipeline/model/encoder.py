@@ -135,7 +135,8 @@ def load_encoder(
         if model.trained == "lora":
             _keep_whole(table)
         # Through the module, not its weight: Gemma's scales what it looks up.
-        start = [table(torch.tensor(marker_subtokens[i])).float().mean(0) for i in new]
+        place = table.weight.device  # of a sharded table: the GPU, while the rest is still on the CPU
+        start = [table(torch.tensor(marker_subtokens[i], device=place)).float().mean(0) for i in new]
     if new:
         rows_MD = torch.stack(start).to(DTYPES[model.dtype])
         decoder.set_input_embeddings(MarkerEmbedding(table, tuple(marker_ids[i] for i in new), rows_MD))
@@ -233,6 +234,10 @@ def continue_adapter(encoder: Encoder, folder: Path, model: ModelSettings) -> No
     for name, wanted, found in (("rank", model.lora.rank, saved.r), ("alpha", model.lora.alpha, saved.lora_alpha)):
         if wanted != found:
             raise ValueError(f"model.adapter={folder} has {name} {found}; set model.lora.{name}={found}, not {wanted}")
+    odd = {"use_rslora": False, "rank_pattern": {}, "alpha_pattern": {}, "bias": "none", "use_dora": False}
+    for name, usual in odd.items():
+        if (value := getattr(saved, name)) != usual:
+            raise ValueError(f"model.adapter={folder} has {name}={value!r}, which is not trained here; merge it first")
     if Path(saved.base_model_name_or_path or "").name != Path(model.name).name:
         log.warning("model.adapter %s was trained on %s, not %s", folder, saved.base_model_name_or_path, model.name)
     try:
@@ -240,11 +245,12 @@ def continue_adapter(encoder: Encoder, folder: Path, model: ModelSettings) -> No
     except RuntimeError as error:
         raise ValueError(f"model.adapter={folder} does not fit {model.name}: {str(error).splitlines()[-1]}") from error
     missing = [name for name in report.missing_keys if "lora_" in name]
-    if missing or report.unexpected_keys:
-        odd = [*missing, *report.unexpected_keys]
-        raise ValueError(f"model.adapter={folder} adapts other modules than {', '.join(PROJECTIONS)}: {odd[0]}, ...")
+    if others := [*missing, *report.unexpected_keys]:
+        raise ValueError(f"model.adapter={folder} adapts other modules than {', '.join(PROJECTIONS)}: {others[0]}, ...")
     if (folder / MARKERS_FILE).is_file():
         load_markers(encoder, folder)
+    elif any(isinstance(module, MarkerEmbedding) for module in encoder.modules()):
+        log.info("model.adapter %s has no %s: the template's markers start anew", folder, MARKERS_FILE)
 
 
 def load_markers(encoder: Encoder, folder: Path) -> None:

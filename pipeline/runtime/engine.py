@@ -7,6 +7,8 @@ The JSON owns sharding, offload and communication; the recipe owns batch, precis
 import contextlib
 import functools
 import os
+import sys
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from pipeline.model.encoder import trainable_parameters
 from pipeline.runtime.ranks import Ranks
 from pipeline.runtime.sharding_json import read_deepspeed_json, zero_stage
+from pipeline.runtime.watch import StopRequested
 from pipeline.settings import OptimSettings
 
 # DeepSpeed reads this when it is imported; without it, it looks for a GPU and warns on machines that have none.
@@ -122,6 +125,8 @@ def build_engine(
         engine, *_ = deepspeed.initialize(model=encoder, model_parameters=trainable, optimizer=optimizer, config=config)
     except ValidationError as error:
         raise _refused(deepspeed_json, error) from error
+    for buffer in encoder.buffers():  # DeepSpeed moves those of a model that came sharded as little as its weights
+        buffer.data = buffer.data.to(ranks.device)
     if engine.zero_optimization_stage() == 0 and dtype == "bf16":
         # DeepSpeed's wrapper has taken a step on zero gradients by now: undo it, or Adam would count one step too many.
         for p in trainable:
@@ -143,14 +148,24 @@ def one_reduction(engine: deepspeed.DeepSpeedEngine) -> Iterator[Backward]:
     if engine.zero_optimization_stage() == 0:
         yield functools.partial(_backward_zero0, engine)
         return
+    backward: Backward = _backward_plain
+    if engine.bfloat16_enabled():
+        sums: dict[nn.Parameter, Tensor] = {}
+        backward = functools.partial(
+            _backward_fp32_sums, [p for p in engine.module.parameters() if p.requires_grad], sums
+        )
     with engine.coalesce_grad_reduction():
-        if engine.bfloat16_enabled():
-            sums: dict[nn.Parameter, Tensor] = {}
-            yield functools.partial(
-                _backward_fp32_sums, [p for p in engine.module.parameters() if p.requires_grad], sums
-            )
-        else:
-            yield _backward_plain
+        try:
+            yield backward
+        except StopRequested:
+            raise  # on every rank at once
+        except BaseException:
+            if torch.distributed.get_world_size() == 1:
+                raise
+            # Leaving would reduce gradients with ranks that still compute: all would hang, and this error be lost.
+            traceback.print_exc()
+            sys.stderr.flush()
+            os._exit(1)
 
 
 def _backward_plain(embeddings_SD: Tensor, gradient_SD: Tensor, last: bool) -> None:

@@ -147,7 +147,9 @@ def start_metrics(path: Path, first_step: int) -> None:
 
 def append_metrics(path: Path, metrics: StepMetrics) -> None:
     with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(asdict(metrics)) + "\n")
+        values = asdict(metrics).items()  # JSON has no NaN
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values}
+        file.write(json.dumps(finite) + "\n")
 
 
 def require_tracker(kind: str) -> None:
@@ -187,7 +189,8 @@ def plot_losses(metrics_path: Path, picture: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    rows = [json.loads(line) for line in metrics_path.read_text(encoding="utf-8").splitlines()]
+    lines = [json.loads(line) for line in metrics_path.read_text(encoding="utf-8").splitlines()]
+    rows = [line for line in lines if line["loss"] is not None]
     figure, (top, bottom) = plt.subplots(2, 1, figsize=(8, 6), sharex=True, height_ratios=(3, 1))
     top.plot([r["step"] for r in rows], [r["loss"] for r in rows], color="0.8", linewidth=1, zorder=1)
     for name in sorted({r["dataset"] for r in rows}):

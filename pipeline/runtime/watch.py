@@ -132,7 +132,9 @@ def who_is_behind(watch: Watch) -> str:
     return f"the others wait for {shown}" + (f" and {len(behind) - 8} more" if len(behind) > 8 else "")
 
 
-def is_lost_peer(error: BaseException) -> bool:
+def is_lost_peer(error: BaseException, ranks: Ranks) -> bool:
     """Whether a collective failed because another rank is gone (gloo says so in words only)."""
+    if ranks.world_size == 1:
+        return False
     words = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out", "timed out")
     return isinstance(error, dist.DistError) or any(word in str(error) for word in words)

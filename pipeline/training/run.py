@@ -1,6 +1,7 @@
 """One rank's run before its first step: data, model and engine, each refused early where it cannot be right."""
 
 import importlib.util
+import json
 import logging
 import math
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from pipeline.runtime.engine import build_engine, gathered, sharded_loading
 from pipeline.runtime.guards import code_versions, digest_plan, require_alike
 from pipeline.runtime.ranks import Ranks, together
 from pipeline.runtime.runlog import require_tracker
-from pipeline.runtime.sharding_json import require_keepable
+from pipeline.runtime.sharding_json import read_deepspeed_json, require_keepable
 from pipeline.runtime.watch import Watch, mark
 from pipeline.settings import EvaluationSettings, Settings, flatten
 
@@ -51,17 +52,20 @@ def set_up(settings: Settings, ranks: Ranks, watch: Watch) -> Run:
     out = Path(settings.run.output_dir)
     if out.exists() and not out.is_dir():
         raise ValueError(f"run.output_dir={out} is a file; name a folder")
-    # What is wrong should not be found after the model is loaded.
-    require_keepable(settings.run.deepspeed, settings.run.keep_graphs)
+    # What is wrong should not be found after the model is loaded, nor by one rank alone.
     require_alike(code_versions() | {f"setting {k}": repr(v) for k, v in flatten(settings).items()}, ranks)
-    require_tracker(settings.run.tracker)
-    tasks = load_tasks(settings.evaluation)
+    sharding = together(lambda: json.dumps(read_deepspeed_json(settings.run.deepspeed), sort_keys=True), ranks)
+    require_alike({"the DeepSpeed JSON": sharding}, ranks)
+    require_keepable(settings.run.deepspeed, settings.run.keep_graphs)
+    together(lambda: require_tracker(settings.run.tracker), ranks)
+    tasks = together(lambda: load_tasks(settings.evaluation), ranks)
 
     # Data: refuse a store that this recipe did not make, or that is damaged (each rank reads its share of the shards).
     mark(watch, "the check of the token store")
-    store = open_store(settings.data.store, verify=False)
+    store = together(lambda: open_store(settings.data.store, verify=False), ranks)
     together(lambda: verify_shards(settings.data.store, ranks.rank, ranks.world_size), ranks)
-    tokenizer = load_tokenizer(settings.tokenizer_name, get_template(settings.preprocess.template))
+    template = get_template(settings.preprocess.template)
+    tokenizer = together(lambda: load_tokenizer(settings.tokenizer_name, template), ranks)
     manifest_hash = file_sha256(Path(settings.data.store) / "manifest.json")
     require_alike({"token store": manifest_hash, "tokenizer": tokenizer.fingerprint}, ranks)
     require_match(store, settings, tokenizer.fingerprint)
@@ -79,7 +83,7 @@ def set_up(settings: Settings, ranks: Ranks, watch: Watch) -> Run:
     require_rows(encoder, tokenizer.largest_id)
     require_dims(settings.loss, encoder.width)
     torch.manual_seed(settings.run.seed)
-    choose_trained(encoder, settings.model)
+    together(lambda: choose_trained(encoder, settings.model), ranks)
     encoder.train()
     engine = build_engine(encoder, settings.optim, settings.model.dtype, settings.run.deepspeed, ranks)
     log.info("%s, ZeRO-%d, %d ranks", describe(encoder), engine.zero_optimization_stage(), ranks.world_size)
@@ -92,7 +96,16 @@ def load_tasks(evaluation: EvaluationSettings) -> tuple[RetrievalTask, ...]:
     """The tasks to evaluate on; ValueError where one is not whole, or what scores is not installed."""
     if evaluation.every and importlib.util.find_spec("mteb") is None:
         raise ValueError("evaluation.tasks needs mteb, which is not installed; pip install bge-icl-train[eval]")
-    return tuple(load_task(folder) for folder in evaluation.tasks)
+    tasks = tuple(load_task(folder) for folder in evaluation.tasks)
+    for task in tasks:
+        if evaluation.num_examples > len(task.examples) > 0:
+            raise ValueError(
+                f"evaluation.num_examples={evaluation.num_examples}, but task {task.name} has {len(task.examples)} in "
+                "examples.jsonl; lower it or add some"
+            )
+        if not task.examples:
+            log.info("task %s has no examples.jsonl: it is scored zero-shot only", task.name)
+    return tasks
 
 
 def describe(encoder: torch.nn.Module) -> str:

@@ -55,7 +55,8 @@ def train_steps(run: Run, state: TrainState, loader: Executor) -> TrainState:
     settings, ranks, out = run.settings, run.ranks, run.out
     limits, evaluate_every = Limits.from_settings(settings.preprocess), settings.evaluation.every
     track = open_tracker(settings.run.tracker if ranks.is_first else "none", out, dataclasses.asdict(settings))
-    saved_step, save_seconds, bad_in_a_row = state.step, 0.0, 0
+    saved_step, bad_in_a_row = state.step, 0
+    save_seconds = evaluate_seconds = 0.0
     recent: list[float] = []
     losses: dict[int, list[float]] = {}  # the last ones of each dataset
 
@@ -66,7 +67,7 @@ def train_steps(run: Run, state: TrainState, loader: Executor) -> TrainState:
     coming = loader.submit(load, state.step)
     while state.step < run.total_steps:
         started = time.perf_counter()
-        if ranks.is_first and (hurry := too_late(recent, save_seconds)):
+        if ranks.is_first and (hurry := too_late(recent, save_seconds + evaluate_seconds)):
             run.watch.asked = hurry
         inputs = coming.result()
         plan, seconds = inputs.plan, {"data": time.perf_counter() - started}
@@ -81,7 +82,8 @@ def train_steps(run: Run, state: TrainState, loader: Executor) -> TrainState:
                 save(run, state)
             if ranks.is_first:
                 write_text(out / STOPPED_AT, f"{state.step}\n")
-            raise StopRequested(f"{stop}; {state.step} of {run.total_steps} steps are done and saved") from None
+            done = state.step if state.updates else 0
+            raise StopRequested(f"{stop}; {done} of {run.total_steps} steps are done and saved") from None
         dataset = run.store.datasets[plan.dataset].name
         where = f"step {state.step} (dataset {dataset}, rows {plan.row_B[:8].tolist()}...)"
         if result.fault or not math.isfinite(result.loss):
@@ -118,15 +120,20 @@ def train_steps(run: Run, state: TrainState, loader: Executor) -> TrainState:
             track(dataclasses.asdict(metrics))
 
         at_end = state.step == run.total_steps
-        if evaluate_every and (at_end or state.step % evaluate_every == 0):
-            evaluate(run, state)
         if at_end or state.step % settings.run.save_every == 0:
             save_seconds, saved_step = save(run, state), state.step
+        if evaluate_every and (at_end or state.step % evaluate_every == 0):
+            evaluate_seconds = evaluate(run, state)
+    if not state.updates:
+        raise FloatingPointError(f"none of {state.step} steps moved the weights: there is no model to save; {REMEDY}")
     return state
 
 
 def save(run: Run, state: TrainState) -> float:
     """Write a checkpoint; returns the seconds. All ranks wait for it: a full disk then ends the run on all of them."""
+    if not state.updates:
+        log.warning("nothing is saved after %d steps: none of them moved the weights yet", state.step)
+        return 0.0
     started = time.perf_counter()
     mark(run.watch, f"saving after {state.step} steps")
     trainable = read_state(run.engine)
@@ -141,12 +148,13 @@ def save(run: Run, state: TrainState) -> float:
     return time.perf_counter() - started
 
 
-def evaluate(run: Run, state: TrainState) -> None:
-    """Score the model as it is on the recipe's tasks, all ranks together; the best one stands in best_model/."""
-    from pipeline.evaluation.during import record_scores, score_tasks  # mteb takes seconds to load
+def evaluate(run: Run, state: TrainState) -> float:
+    """Score the model as it is on the recipe's tasks, all ranks together; the best one stands in best_model/. Returns
+    the seconds.
+    """
+    from pipeline.evaluation.during import record_scores, score_task  # mteb takes seconds to load
 
     started, ranks, settings = time.perf_counter(), run.ranks, run.settings
-    mark(run.watch, f"evaluating after {state.step} steps")
     embedder = FewShotEmbedder(
         encoder=run.engine,
         tokenizer=run.tokenizer,
@@ -157,16 +165,21 @@ def evaluate(run: Run, state: TrainState) -> None:
         place=(ranks.rank, ranks.world_size),
     )
     run.engine.eval()
-    scores = score_tasks(embedder, run.tasks, settings.evaluation.num_examples)
+    scores: dict[str, float] = {}
+    for task in run.tasks:
+        mark(run.watch, f"evaluating on {task.name} after {state.step} steps")
+        scores |= score_task(embedder, task, settings.evaluation.num_examples)
     run.engine.train()
     shown = ", ".join(f"{name} {value:.4f}" for name, value in scores.items())
     best = from_first(ranks.is_first and record_scores(run.out, state.step, scores), ranks)
     took = f"{time.perf_counter() - started:.0f} s{'; the best so far' if best else ''}"
     log.info("after %d steps: %s (%s)", state.step, shown, took)
-    if best:
+    if best and state.updates:
+        mark(run.watch, "writing the best model")
         trainable = read_state(run.engine)
         if ranks.is_first:
             save_model(run.out / "best_model", run.encoder, trainable, run.tokenizer, settings, run.store)
+    return time.perf_counter() - started
 
 
 def learning_rate(optim: OptimSettings, step: int, total_steps: int) -> float:
