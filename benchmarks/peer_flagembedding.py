@@ -10,8 +10,8 @@ from FlagEmbedding.finetune.embedder.decoder_only.icl import (
     DecoderOnlyEmbedderICLDataArguments,
     DecoderOnlyEmbedderICLModelArguments,
     DecoderOnlyEmbedderICLRunner,
+    DecoderOnlyEmbedderICLTrainingArguments,
 )
-from FlagEmbedding.finetune.embedder.decoder_only.icl.arguments import DecoderOnlyEmbedderICLTrainingArguments
 from metering import write_record
 from peer_watch import StepWatch
 from transformers import HfArgumentParser

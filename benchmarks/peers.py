@@ -47,6 +47,7 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 TEMPERATURE, LR = 0.02, 5e-5
 WARM_UP = 2  # steps
 MEMORY_STEPS = 6
+NO_ENVIRONMENT = 4  # exit code
 
 
 @dataclass(frozen=True)
@@ -284,8 +285,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--task", action="append", choices=[task.name for task in TASKS], help="only these")
     arguments = parser.parse_args(argv)
-    for name in ENVIRONMENTS:
-        make_environment(name)
+    try:
+        for name in ENVIRONMENTS:
+            make_environment(name)
+    except SystemExit as error:
+        print(error, file=sys.stderr)
+        return NO_ENVIRONMENT
     tasks = [task for task in TASKS if arguments.task is None or task.name in arguments.task]
     model = make_model([text for one in make_rows(TASKS[0]) for text in (one["query"], *one["pos"], *one["neg"])])
     arms = [arm for task in tasks for arm in measure(task, model, arguments.steps, arguments.rounds)]
