@@ -261,16 +261,24 @@ def run_arm(task: Task, arm: str, model: Path, folder: Path, steps: int, **varia
     return record
 
 
-def measure(task: Task, model: Path, steps: int, rounds: int) -> list[Row]:
-    """All arms of a task, round by round."""
-    folder, peers = write_task(task, model), SENTENCE_TRANSFORMERS if task.name == "pairs" else FLAGEMBEDDING
-    names = [*peers, *OURS]
-    timed: dict[str, list[Row]] = {name: [] for name in names}
+def names_of(task: Task) -> list[str]:
+    return [*(SENTENCE_TRANSFORMERS if task.name == "pairs" else FLAGEMBEDDING), *OURS]
+
+
+def measure(tasks: Sequence[Task], model: Path, steps: int, rounds: int) -> list[Row]:
+    """All arms of all tasks: round by round for time, then once for memory, which needs no quiet machine."""
+    folders = [write_task(task, model) for task in tasks]
+    arms = [(task, name, folder) for task, folder in zip(tasks, folders, strict=True) for name in names_of(task)]
+    timed: list[list[Row]] = [[] for _ in arms]
     for _ in range(rounds):
-        for name in names:
-            timed[name].append(run_arm(task, name, model, folder, WARM_UP + steps))
-    alive = {name: run_arm(task, name, model, folder, MEMORY_STEPS, **PRECISE_MEMORY) for name in names}
-    return [{"task": task.name, "arm": name} | summarize(timed[name], alive[name], WARM_UP) for name in names]
+        for (task, name, folder), records in zip(arms, timed, strict=True):
+            records.append(run_arm(task, name, model, folder, WARM_UP + steps))
+    print("timed runs are done", flush=True)
+    alive = [run_arm(task, name, model, folder, MEMORY_STEPS, **PRECISE_MEMORY) for task, name, folder in arms]
+    return [
+        {"task": task.name, "arm": name} | summarize(records, record, WARM_UP)
+        for (task, name, _), records, record in zip(arms, timed, alive, strict=True)
+    ]
 
 
 def processor() -> str:
@@ -281,8 +289,8 @@ def processor() -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=PEERS / "peers.json")
-    parser.add_argument("--steps", type=int, default=15, help="measured steps of a run, after 2 for warming up")
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=12, help="measured steps of a run, after 2 for warming up")
+    parser.add_argument("--rounds", type=int, default=1, help="runs of each arm for time")
     parser.add_argument("--task", action="append", choices=[task.name for task in TASKS], help="only these")
     arguments = parser.parse_args(argv)
     try:
@@ -293,7 +301,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return NO_ENVIRONMENT
     tasks = [task for task in TASKS if arguments.task is None or task.name in arguments.task]
     model = make_model([text for one in make_rows(TASKS[0]) for text in (one["query"], *one["pos"], *one["neg"])])
-    arms = [arm for task in tasks for arm in measure(task, model, arguments.steps, arguments.rounds)]
+    arms = measure(tasks, model, arguments.steps, arguments.rounds)
     found: dict[str, Any] = {
         "processor": processor(),
         "threads": 1,
