@@ -5,13 +5,14 @@ Standard library only: scripts that run in another trainer's environment import 
 
 import importlib.metadata
 import json
+import os
 import resource
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-Moment = tuple[float, float]  # CPU seconds, wall seconds
+Moment = tuple[float, float, float]  # CPU seconds, wall seconds, CPU seconds of the whole machine
 
 
 def cpu_seconds() -> float:
@@ -27,6 +28,12 @@ def memory_mib(field: str) -> float:
     raise RuntimeError(f"/proc/self/status has no {field}")
 
 
+def machine_busy_seconds() -> float:
+    """CPU seconds of all processes of this machine since it started."""
+    user, nice, system, _idle, _waiting, *rest = map(int, Path("/proc/stat").read_text().split("\n")[0].split()[1:9])
+    return (user + nice + system + sum(rest[:2])) / os.sysconf("SC_CLK_TCK")
+
+
 def reset_peak() -> float:
     """Forget the peak; returns what the process holds now, in MiB."""
     Path("/proc/self/clear_refs").write_text("5")
@@ -34,7 +41,7 @@ def reset_peak() -> float:
 
 
 def moment() -> Moment:
-    return cpu_seconds(), time.perf_counter()
+    return cpu_seconds(), time.perf_counter(), machine_busy_seconds()
 
 
 def write_record(
@@ -57,9 +64,11 @@ def write_record(
     assert len(moments) == len(losses) + 1 == len(tokens) + 1, (len(moments), len(losses), len(tokens))
     assert not children, f"CPU seconds are those of one process, but it has children: {children}"
     peak = memory_mib("VmHWM")
+    whole = [after - before for before, after in zip(moments[0], moments[-1], strict=True)]
     record: dict[str, Any] = {
         "cpu_seconds": [after[0] - before[0] for before, after in zip(moments[:-1], moments[1:], strict=True)],
         "wall_seconds": [after[1] - before[1] for before, after in zip(moments[:-1], moments[1:], strict=True)],
+        "cores_busy_elsewhere": (whole[2] - whole[0]) / whole[1],
         "losses": list(losses),
         "real_tokens": [real for real, _ in tokens],
         "padded_tokens": [padded for _, padded in tokens],

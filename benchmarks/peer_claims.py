@@ -27,6 +27,7 @@ def summarize(timed: Sequence[Row], alive: Row, warm_up: int) -> Row:
         "cpu_seconds": cpu,
         "cpu_seconds_of_rounds": means,
         "wall_seconds": mean("wall_seconds"),
+        "cores_busy_elsewhere": max(record["cores_busy_elsewhere"] for record in timed),
         "real_tokens": real,
         "padded_tokens": mean("padded_tokens"),
         "cpu_ms_a_real_token": 1000 * cpu / real,

@@ -289,7 +289,7 @@ def processor() -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=PEERS / "peers.json")
-    parser.add_argument("--steps", type=int, default=12, help="measured steps of a run, after 2 for warming up")
+    parser.add_argument("--steps", type=int, default=10, help="measured steps of a run, after 2 for warming up")
     parser.add_argument("--rounds", type=int, default=1, help="runs of each arm for time")
     parser.add_argument("--task", action="append", choices=[task.name for task in TASKS], help="only these")
     arguments = parser.parse_args(argv)
