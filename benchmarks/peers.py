@@ -61,12 +61,33 @@ class Task:
     group_size: int
     max_examples: int
     distillation: bool
+    max_prompt_tokens: int
 
 
 TASKS = (
-    Task("recipe", rows=256, negatives=10, batch=8, group_size=8, max_examples=5, distillation=True),
-    Task("one_batch", rows=8, negatives=7, batch=8, group_size=8, max_examples=0, distillation=True),
-    Task("pairs", rows=32, negatives=3, batch=32, group_size=4, max_examples=0, distillation=False),
+    Task(
+        "recipe",
+        rows=256,
+        negatives=10,
+        batch=8,
+        group_size=8,
+        max_examples=5,
+        distillation=True,
+        max_prompt_tokens=2048,
+    ),
+    Task(
+        "one_batch",
+        rows=8,
+        negatives=7,
+        batch=8,
+        group_size=8,
+        max_examples=0,
+        distillation=True,
+        max_prompt_tokens=2048,
+    ),
+    Task(
+        "pairs", rows=32, negatives=3, batch=32, group_size=4, max_examples=0, distillation=False, max_prompt_tokens=512
+    ),
 )
 # Name of an arm -> (trainer, what it sets). The first of a trainer is its default.
 FLAGEMBEDDING = {
@@ -80,7 +101,12 @@ SENTENCE_TRANSFORMERS = {
     "sentence-transformers, mini_batch_size 8": {"mini_batch_size": 8},
     "sentence-transformers, mini_batch_num_tokens 2048": {"mini_batch_num_tokens": 2048},
 }
-OURS = {"ours, chunk_tokens 16384 (default)": 16384, "ours, chunk_tokens 4096": 4096, "ours, chunk_tokens 2048": 2048}
+OURS = {
+    "ours, chunk_tokens 16384 (default)": 16384,
+    "ours, chunk_tokens 4096": 4096,
+    "ours, chunk_tokens 2048": 2048,
+    "ours, chunk_tokens 1024": 1024,  # where prompts are short enough for it
+}
 
 
 def make_environment(name: str) -> Path:
@@ -154,6 +180,7 @@ def write_task(task: Task, model: Path) -> Path:
     (folder / "train.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows))
     recipe = {
         "model": {"name": str(model), "dtype": "fp32", "lora": LORA},
+        "preprocess": {"max_prompt_tokens": task.max_prompt_tokens},
         "data": {
             "root": str(folder),
             "store": str(folder / "store"),
@@ -195,7 +222,7 @@ def flagembedding_command(task: Task, model: Path, folder: Path, out: Path, step
         "lora_rank": LORA["rank"],
         "lora_alpha": LORA["alpha"],
         "train_group_size": task.group_size,
-        "query_max_len": 2048,
+        "query_max_len": task.max_prompt_tokens,
         "passage_max_len": 512,
         "example_query_max_len": 256,
         "example_passage_max_len": 256,
@@ -230,7 +257,7 @@ def sentence_transformers_command(
     given = {
         "model": str(model),
         "columns": str(folder / "columns.json"),
-        "max_tokens": 512,
+        "max_tokens": task.max_prompt_tokens,
         "lora": lora,
         "temperature": TEMPERATURE,
         "mini_batch": mini_batch,
@@ -262,7 +289,8 @@ def run_arm(task: Task, arm: str, model: Path, folder: Path, steps: int, **varia
 
 
 def names_of(task: Task) -> list[str]:
-    return [*(SENTENCE_TRANSFORMERS if task.name == "pairs" else FLAGEMBEDDING), *OURS]
+    peers = SENTENCE_TRANSFORMERS if task.name == "pairs" else FLAGEMBEDDING
+    return [*peers, *(name for name, chunk in OURS.items() if chunk >= task.max_prompt_tokens)]
 
 
 def measure(tasks: Sequence[Task], model: Path, steps: int, rounds: int) -> list[Row]:
