@@ -10,13 +10,13 @@ deepspeed --num_accelerators W benchmarks/step_worker.py RECIPE OUT MODE [key.su
 import dataclasses
 import json
 import math
-import resource
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from metering import cpu_seconds, memory_mib, reset_peak
 
 from pipeline.data.composing import Limits, plan_lengths
 from pipeline.data.sampling import make_schedule, plan_step, share_saved
@@ -38,19 +38,6 @@ def first_plans(store: TokenStore, schedule: Any) -> list[BatchPlan]:
         plans.setdefault(plan.dataset, plan)
         step += 1
     return [plans[d] for d in sorted(plans)] + [plan_step(store, schedule, step + i) for i in range(2)]
-
-
-def cpu_seconds() -> float:
-    usage = resource.getrusage(resource.RUSAGE_SELF)
-    return usage.ru_utime + usage.ru_stime
-
-
-def memory_mib(field: str) -> float:
-    """VmRSS or VmHWM (the peak since the last reset) of this process."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field):
-            return int(line.split()[1]) / 1024
-    raise RuntimeError(f"/proc/self/status has no {field}")
 
 
 def step_record(store: TokenStore, plan: BatchPlan, inputs: StepInputs, limits: Limits, ranks: Ranks) -> dict[str, Any]:
@@ -135,8 +122,7 @@ def main(recipe: str, out: str, mode: str, overrides: list[str]) -> None:
         plan = first_plans(store, schedule)[0]
         inputs = prepare_step(store, limits, plan, ranks, settings.run.chunk_tokens, settings.loss.mask_shown)
         record = step_record(store, plan, inputs, limits, ranks)
-        before, started = memory_mib("VmRSS"), cpu_seconds()
-        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+        before, started = reset_peak(), cpu_seconds()
         if engine is None:
             result = run_uncached(encoder, inputs, settings, ranks)
         else:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AutoModel,
     BloomConfig,
@@ -88,6 +89,35 @@ def test_packed_equals_transformers_one_by_one(family, pooling, tmp_path):
     for key, gradient in trained_gradients(encoder).items():
         assert gradient.norm() > 0, key
         assert (packed_gradients[key] - gradient).norm() <= 1e-5 * gradient.norm(), key
+
+
+class CountedElements(TorchDispatchMode):
+    """Adds up the elements of every tensor that an operation gives back."""
+
+    def __init__(self):
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        self.total += sum(t.numel() for t in torch.utils._pytree.tree_leaves(result) if isinstance(t, torch.Tensor))
+        return result
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma2"])
+def test_backward_costs_no_more_a_token_in_longer_chunks(family, tmp_path):
+    """The gradient of one sequence must not be as large as the chunk: a backward pass would go with S x T."""
+    encoder = load_encoder(ModelSettings(name=make_model(FAMILIES[family], tmp_path), dtype="fp32"), (), ())
+    add_lora(encoder, LoraSettings(rank=2, alpha=4))
+
+    def elements(num_sequences):
+        positions_T, cu_seqlens = pack((5,) * num_sequences)
+        embeddings_SD = encoder(torch.arange(5).repeat(num_sequences), positions_T, cu_seqlens, 5)
+        with CountedElements() as counted:
+            embeddings_SD.sum().backward()
+        return counted.total
+
+    assert elements(128) - elements(64) <= 1.1 * 2 * (elements(64) - elements(32))
 
 
 def test_bidirectional_sees_later_tokens_and_causal_does_not(tmp_path):

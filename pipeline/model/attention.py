@@ -166,14 +166,14 @@ def _sdpa(query_THK: Tensor, key_THK: Tensor, value_THK: Tensor, call: _Call) ->
         key_THK, value_THK = (x.repeat_interleave(groups, dim=1) for x in (key_THK, value_THK))
     # [1, H, T, K]: torch's fast CPU attention is taken for four dimensions only.
     query, key, value = (x.transpose(0, 1)[None] for x in (query_THK, key_THK, value_THK))
-    edges = call.cu_seqlens.tolist()
+    lengths = call.cu_seqlens.diff().tolist()
     outs = []
-    for start, end in zip(edges[:-1], edges[1:], strict=True):
-        q, k, v = (x[:, :, start:end] for x in (query, key, value))
+    # Split, not sliced: the gradient of a slice is a tensor of all T tokens, and there would be one a sequence.
+    for q, k, v in zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True):
         if call.softcap:
             outs.append(_soft_capped(q, k, v, call.scale, call.causal, call.window, call.softcap))
             continue
-        mask = None if call.window is None else _allowed(end - start, call.causal, call.window, q.device)
+        mask = None if call.window is None else _allowed(q.shape[2], call.causal, call.window, q.device)
         outs.append(
             torch.nn.functional.scaled_dot_product_attention(
                 q, k, v, attn_mask=mask, is_causal=call.causal and mask is None, scale=call.scale
