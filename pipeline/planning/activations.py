@@ -17,8 +17,8 @@ The last layer keeps norm, attention and four LoRA branches for all tokens, and 
 (pipeline/model/last_layer.py). Activation checkpointing keeps De a layer (its input), the last layer as it is, and one
 layer's graph at a time. What lives for moments only, found by following which tensors are alive (benchmarks/
 plan_check.py measures it): without a graph 4D + 4F (at MLP) or 3D + attention; backward through an MLP 2F + D (in bf16
-2D), through the last layer's attention 2Q + 2KV (one call a sequence: 5Q, its slices' gradients are summed) or through
-its norm three fp32 tensors, 12D bytes.
+2D), through the last layer's attention 2Q + 2KV (one call a sequence: 3Q, keys and values being repeated for all
+heads) or through its norm three fp32 tensors, 12D bytes.
 Scores of Gemma 2 (soft cap) and masks of windows shorter than a text are not counted: they grow with length squared.
 """
 
@@ -91,7 +91,7 @@ def chunk_memory(shape: ModelShape, k: Kernels, tokens: int, sequences: int) -> 
     once = tokens * (2 * shape.head_width + shape.markers) * e + sequences * (_norm(d) + 8 * d)
     mlp_passing = tokens * (2 * f + (2 if e == 2 else 1) * d) * e
     normed = max(d, q) if shape.family in HEAD_NORMS else d
-    attention_passing = tokens * max((2 * q + 2 * kv if k.fused else 5 * q) * e, 12 * normed)
+    attention_passing = tokens * max((2 * q + 2 * kv if k.fused else 3 * q) * e, 12 * normed)
     if shape.last_rows_only:
         last = tokens * _attention_bytes(shape, k) + sequences * _mlp_bytes(shape, k)
     else:
