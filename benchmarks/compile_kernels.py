@@ -60,7 +60,7 @@ def configurations() -> list[tuple[str, Any, dict[str, Any], dict[str, int], boo
             for what, kernel in kernels.items():
                 found.append((f"{what}, {name}, {variant}", kernel, types, launch, dtype != "fp32"))
     for dtype in ("bf16", "fp32"):
-        rows = dict.fromkeys(("query", "passage"), f"*{dtype}")
+        rows: dict[str, Any] = dict.fromkeys(("query", "passage"), f"*{dtype}")
         rows |= dict.fromkeys(("part_max", "part_sum", "scale_ptr", "logits", "lse", "lse2"), "*fp32")
         rows |= dict.fromkeys(("candidate", "group_offsets", "copies", "own_times", *MASKS[:4]), "*i32")
         rows["threshold"] = "*fp32"
@@ -68,7 +68,8 @@ def configurations() -> list[tuple[str, Any, dict[str, Any], dict[str, int], boo
         launch = {"num_warps": similarity_kernel.FINISH_WARPS}
         sizes = {"BLOCK_TILES": similarity_kernel.FINISH_TILES, "BLOCK_D": 4096}
         found.append((f"finish, {dtype}", similarity_kernel.finish_kernel, rows | sizes, launch, False))
-        rows = dict.fromkeys(("hidden", "grad_hidden"), f"*{dtype}") | {"last": "*i64", "eps": "fp32", "D": "i32"}
+        rows = {"last": "*i64", "eps": "fp32", "D": "i32"}
+        rows |= dict.fromkeys(("hidden", "grad_hidden"), f"*{dtype}")
         rows |= dict.fromkeys(("out", "norm", "grad_out"), "*fp32") | {"stride_t": "i32", "BLOCK_D": 4096}
         launch = {"num_warps": last_token_kernel.NUM_WARPS}
         found.append((f"last token, {dtype}", last_token_kernel.forward_kernel, rows, launch, False))

@@ -39,7 +39,7 @@ class _Logits(torch.autograd.Function):
         return product_fp32(query_BD, passage_PD.T)
 
     @staticmethod
-    def backward(ctx: Any, gradient_BP: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def backward(ctx: Any, gradient_BP: Tensor) -> tuple[Tensor, Tensor]:
         query_BD, passage_PD = ctx.saved_tensors
         gradient_BP = gradient_BP.to(query_BD.dtype)
         return gradient_BP @ passage_PD, gradient_BP.T @ query_BD
@@ -64,7 +64,7 @@ class _Chunked(torch.autograd.Function):
         return (lse_B - own_B).mean()
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
         query_BD, passage_PD, lse_B = ctx.saved_tensors
         factor = gradient * SCALE / len(query_BD)
         dq, dc = torch.zeros_like(query_BD, dtype=torch.float32), torch.empty_like(passage_PD)

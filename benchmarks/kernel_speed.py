@@ -215,12 +215,12 @@ def measure_gather(rounds: int) -> list[Record]:
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
-                gather_last_token(hidden_TD, lasts[0], impl=impl)  # type: ignore[arg-type]
+                gather_last_token(hidden_TD, lasts[0], impl=impl)
             torch.cuda.current_stream().wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, stream=stream):
                 for last_S in lasts:
-                    gather_last_token(hidden_TD, last_S, impl=impl)  # type: ignore[arg-type]
+                    gather_last_token(hidden_TD, last_S, impl=impl)
             graph.replay()  # the first replay loads the graph
             samples = [milliseconds(graph.replay, 1) / len(lasts) * 1e3 for _ in range(rounds)]
             shared = {"gather_rows": rows, "way": impl, "timed": "graph replay"}

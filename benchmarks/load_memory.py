@@ -32,10 +32,15 @@ def write_model(folder: Path, layers: int, width: int) -> int:
     import torch
     from transformers import MistralConfig, MistralModel
 
-    shape = {"hidden_size": width, "intermediate_size": 3 * width, "num_hidden_layers": layers, "vocab_size": 4096}
+    shape: dict[str, Any] = {
+        "hidden_size": width,
+        "intermediate_size": 3 * width,
+        "num_hidden_layers": layers,
+        "vocab_size": 4096,
+    }
     config = MistralConfig(**shape, num_attention_heads=8, num_key_value_heads=2)
     torch.manual_seed(0)
-    model = MistralModel(config).to(torch.bfloat16)
+    model: Any = MistralModel(config).bfloat16()
     model.save_pretrained(folder, max_shard_size="200MB")
     return sum(p.numel() * p.element_size() for p in model.parameters())
 

@@ -162,7 +162,8 @@ def own_code(*entries: str) -> list[Path]:
     for entry in entries:
         finder = ModuleFinder(path=[str(REPOSITORY), str(REPOSITORY / "kernels")])
         finder.run_script(str(REPOSITORY / f"pipeline/{entry}.py"))
-        found |= {Path(module.__file__) for module in finder.modules.values() if module.__file__}
+        files = (getattr(module, "__file__", None) for module in finder.modules.values())
+        found |= {Path(file) for file in files if file}
     return sorted(found)
 
 

@@ -14,7 +14,8 @@ from pipeline.runtime.ranks import read_ranks
 from pipeline.runtime.step import prepare_step, run_step
 from pipeline.runtime.watch import start_watch
 from pipeline.settings import load_settings
-from pipeline.train import learning_rate, set_up
+from pipeline.training.run import set_up
+from pipeline.training.steps import learning_rate
 
 PACKAGES = ("deepspeed", "torch", "transformers", "peft")
 

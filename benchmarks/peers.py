@@ -204,7 +204,7 @@ def write_task(task: Task, model: Path) -> Path:
     columns |= {f"negative_{i + 1}": [one["neg"][i] for one in rows] for i in range(task.negatives)}
     (folder / "columns.json").write_text(json.dumps(columns))
     preprocess = ["pipeline/preprocess.py", "--config", str(folder / "recipe.yaml"), "--overwrite"]
-    call([sys.executable, *preprocess], PYTHONPATH=_our_path())
+    call([sys.executable, *preprocess], {"PYTHONPATH": _our_path()})
     return folder
 
 
@@ -252,7 +252,7 @@ def flagembedding_command(task: Task, model: Path, folder: Path, out: Path, step
 def sentence_transformers_command(
     task: Task, model: Path, folder: Path, out: Path, steps: int, mini_batch: dict[str, int]
 ) -> list[str]:
-    lora = {"r": LORA["rank"], "lora_alpha": LORA["alpha"], "lora_dropout": LORA["dropout"]}
+    lora: dict[str, Any] = {"r": LORA["rank"], "lora_alpha": LORA["alpha"], "lora_dropout": LORA["dropout"]}
     lora |= {"target_modules": list(PROJECTIONS), "bias": "none"}
     given = {
         "model": str(model),
@@ -283,7 +283,7 @@ def run_arm(task: Task, arm: str, model: Path, folder: Path, steps: int, **varia
         variables["PYTHONPATH"] = _our_path()
         chunk = f"run.chunk_tokens={OURS[arm]}"
         command = [sys.executable, "benchmarks/peer_ours.py", str(out), str(folder / "recipe.yaml"), str(steps), chunk]
-    call(command, **variables)
+    call(command, variables)
     record: Row = json.loads(out.read_text())
     return record
 

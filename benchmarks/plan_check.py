@@ -121,10 +121,10 @@ def peak_above_rest(device: torch.device, work: Any) -> float:
     from step_worker import memory_mib
 
     gc.collect()
-    before = memory_mib("VmRSS")
+    resident = memory_mib("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     work()
-    return (memory_mib("VmHWM") - before) * 2**20
+    return (memory_mib("VmHWM") - resident) * 2**20
 
 
 def count_gathered() -> list[int]:
@@ -166,7 +166,7 @@ def worker(recipe: str, out: str, overrides: list[str]) -> None:
     del encoder
     schedule = make_schedule(store, settings)
     limits = Limits.from_settings(settings.preprocess)
-    inputs = prepare_step(store, limits, plan_step(store, schedule, 0), ranks, settings.run.chunk_tokens)
+    inputs = prepare_step(store, limits, plan_step(store, schedule, 0), ranks, settings.run.chunk_tokens, False)
 
     def step() -> None:
         run_step(engine, inputs, settings, ranks)
@@ -200,10 +200,10 @@ def worker(recipe: str, out: str, overrides: list[str]) -> None:
 
 def planned(recipe: Path, overrides: Sequence[str], record: Row, num_ranks: int, on_gpu: bool) -> dict[str, float]:
     """The same numbers from the formulas, for the chunk that was measured."""
+    from pipeline.model.shapes import read_shape
     from pipeline.planning.activations import chunk_memory
     from pipeline.planning.cases import make_case
     from pipeline.planning.estimate import Cluster, Load, memory_of_chunk
-    from pipeline.planning.shapes import read_shape
     from pipeline.planning.sharding import gathered_numel, read_sharding
     from pipeline.runtime.sharding_json import read_deepspeed_json
     from pipeline.settings import load_settings
@@ -243,7 +243,7 @@ def check(recipe: Path, case: tuple[str, int, bool, int, int], on_gpu: bool) -> 
     launcher = ["deepspeed", "--num_gpus" if on_gpu else "--num_accelerators", str(num_ranks)]
     launcher += ["--master_port", free_port()]
     script = ["benchmarks/plan_check.py", "--worker", str(recipe), str(out), *overrides]
-    call([*launcher, *script], **({} if on_gpu else PRECISE_MEMORY))
+    call([*launcher, *script], {} if on_gpu else PRECISE_MEMORY)
     record = json.loads(out.read_text())
     plan = planned(recipe, overrides, record, num_ranks, on_gpu)
     label = (

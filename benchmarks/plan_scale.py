@@ -123,7 +123,7 @@ def measure(work: Path, num_rows: int, num_steps: int) -> dict[str, Any]:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     modes: dict[str, dict[str, float]] = {}
     for mode in ("in_batch", "pool", "fixed", "nearest", "filler", "none"):
-        batch = BatchSettings(examples=ExampleSettings(mode=mode))  # type: ignore[arg-type]
+        batch = BatchSettings(examples=ExampleSettings(mode=mode))
         settings = replace(Settings(), batch=batch, data=DataSettings(datasets=(DatasetSettings(name="rows"),)))
         forget(path)
         start = time.perf_counter()

@@ -28,10 +28,11 @@ def row(claim: str, target: str, measured: str, holds: bool | None) -> Row:
 PRECISE_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_ARENA_MAX": "1"}
 
 
-def call(command: Sequence[str], accepted: Sequence[int] = (0,), **variables: str) -> None:
+def call(command: Sequence[str], variables: dict[str, str] | None = None, accepted: Sequence[int] = (0,)) -> None:
     print("$", " ".join(command), flush=True)
     path = str(Path(sys.executable).parent) + os.pathsep + os.environ.get("PATH", "")
-    environment = os.environ | {"PATH": path, "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"} | variables
+    environment = os.environ | {"PATH": path, "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+    environment |= variables or {}
     result = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
     if result.returncode not in accepted:
         raise SystemExit(f"{result.stdout[-4000:]}\n{result.stderr[-4000:]}\nfailed: {' '.join(command)}")
@@ -55,7 +56,7 @@ def launch_worker(recipe: Path, mode: str, *overrides: str, ranks: int = 2) -> l
     out = WORK / f"{mode}.json"
     launcher = ["deepspeed", "--num_accelerators", str(ranks), "--master_port", free_port()]
     variables = PRECISE_MEMORY if mode in ("cached", "uncached") else {}
-    call([*launcher, "benchmarks/step_worker.py", str(recipe), str(out), mode, *overrides], **variables)
+    call([*launcher, "benchmarks/step_worker.py", str(recipe), str(out), mode, *overrides], variables)
     return json.loads(out.read_text())
 
 

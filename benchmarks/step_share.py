@@ -88,7 +88,7 @@ def slower_than_production(attention: str) -> str:
 def measure(chunk_tokens: int) -> dict[str, Any]:
     attention = register_packed_attention("auto", True, DEVICE, "bf16", None)
     encoder = build_encoder(attention)
-    width = encoder.decoder.config.hidden_size
+    width = encoder.width
     of_chunk = time_chunk(encoder, chunk_tokens, 256)
     peak = torch.cuda.max_memory_allocated() / 2**30 if ON_GPU else None
     del encoder

@@ -75,7 +75,7 @@ def run_uncached(encoder: torch.nn.Module, inputs: StepInputs, settings: Setting
     dist.all_reduce(all_SD.grad)
     mine = torch.from_numpy(inputs.sequences_of_rank[ranks.rank])
     local_SD.backward(all_SD.grad[mine])
-    return StepResult(float(share), 1, "", {})
+    return StepResult(loss=float(share), num_passes=1, num_filtered=0, fault="", seconds={})
 
 
 def main(recipe: str, out: str, mode: str, overrides: list[str]) -> None:
@@ -129,7 +129,7 @@ def main(recipe: str, out: str, mode: str, overrides: list[str]) -> None:
             result = run_step(engine, inputs, settings, ranks)
         peak = max(gather_values(memory_mib("VmHWM") - before, ranks))
         record["cpu_seconds"] = sum(gather_values(cpu_seconds() - started, ranks))
-        embeddings = plan.num_sequences * encoder.decoder.config.hidden_size * 4 / 2**20
+        embeddings = plan.num_sequences * encoder.width * 4 / 2**20
         record |= {"peak_mib": peak, "embeddings_mib": embeddings, "loss": result.loss, "passes": result.num_passes}
         records.append(record)
     if ranks.is_first:

@@ -19,13 +19,13 @@ from pipeline.data.sampling import Schedule, check_world_size, make_schedule, pl
 from pipeline.data.shown import count_shown
 from pipeline.data.store import TokenStore, open_store, require_match
 from pipeline.datatypes import RULES, BatchPlan
+from pipeline.model.shapes import read_shape
 from pipeline.planning.cases import make_case, sampled_workload, stated_workload
 from pipeline.planning.flags import add_flags, check_flags, read_cluster
 from pipeline.planning.report import estimate_report
-from pipeline.planning.shapes import read_shape
 from pipeline.planning.sharding import read_sharding
 from pipeline.prompts import Template, get_template, render_query
-from pipeline.runtime.sharding_json import read_deepspeed_json, require_keepable
+from pipeline.runtime.sharding_json import read_deepspeed_json, require_exact
 from pipeline.settings import Settings, load_settings
 
 SHOWN_ROWS = 16
@@ -191,7 +191,7 @@ def estimate_run(settings: Settings, arguments: argparse.Namespace) -> str:
     """The estimate that the flags ask for, as text."""
     if settings.model.trained == "full":
         raise ValueError("model.trained=full is not estimated: the formulas are those of LoRA; set it to lora")
-    require_keepable(settings.run.deepspeed, settings.run.keep_graphs)
+    require_exact(settings.run.deepspeed, settings.run.keep_graphs)
     sharding = read_sharding(read_deepspeed_json(settings.run.deepspeed))
     if arguments.query_tokens is not None:
         # Whether the model knows them already is not known without its tokenizer; three rows are nothing.

@@ -209,6 +209,9 @@ class RunSettings:
     keep_last: int = 2
     max_stall_seconds: float = 1800.0  # a rank that stands still for longer ends the run, naming whom it waits for
     tracker: Literal["none", "tensorboard", "wandb"] = "none"
+    profile_steps: tuple[
+        int, ...
+    ] = ()  # run torch's profiler over these, on the first rank: profile/ in the run folder
 
 
 @dataclass(frozen=True)
@@ -525,6 +528,7 @@ def _require_positive(s: Settings) -> None:
         "optim.warmup_steps": s.optim.warmup_steps,
         "run.seed": s.run.seed,
         "optim.weight_decay": s.optim.weight_decay,
+        "run.profile_steps": min(s.run.profile_steps, default=0),
     }
     for name, value in not_negative.items():
         if not 0 <= value < math.inf:

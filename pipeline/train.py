@@ -54,7 +54,7 @@ def train(run: Run) -> None:
         loader = held.enter_context(ThreadPoolExecutor(1))
         state = train_steps(run, state, loader)
         mark(run.watch, "writing the model")
-        trainable = read_state(run.engine)
+        trainable = read_state(run.engine, moments=False)
         if ranks.is_first:
             save_model(out / "model", run.encoder, trainable, run.tokenizer, run.settings, run.store)
             plot_losses(out / "metrics.jsonl", out / "loss.png")

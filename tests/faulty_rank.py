@@ -3,7 +3,10 @@
 signal 1 2 SIGUSR1   rank 1 sends itself the signal in step 2, between two chunks
 stall 1 2            rank 1 sleeps at the beginning of step 2
 nan 1 2              rank 1's trained weights are NaN from step 2 on
+raise 1 2            rank 1 fails in step 2 where chunks are encoded for the second time
 odd 1 0 batch.x=3    rank 1 is started with another setting
+store 1 0 FOLDER     rank 1 finds another store where the recipe says there is one
+tokenizer 1 0 FOLDER rank 1 finds another tokenizer
 kill_saving 0 3      rank 0 is killed while it writes the checkpoint of step 3
 full 0 6             rank 0 finds the disk full when it writes the checkpoint of step 6
 """
@@ -14,20 +17,27 @@ import resource
 import signal
 import sys
 import time
+from pathlib import Path
 
 from pipeline import train
 from pipeline.runtime import checkpoint, step
-from pipeline.training import steps
+from pipeline.training import run, steps
 
 kind, rank, at, *rest = os.environ["FAULT"].split()
 here = os.environ.get("RANK", "0") == rank
 encode_chunk, save_checkpoint, sync = step.encode_chunk, checkpoint.save_checkpoint, checkpoint.sync
-run_step, num_encoded, current = steps.run_step, 0, -1
+run_step, num_encoded, num_chunks, current = steps.run_step, 0, 0, -1
+open_store, verify_shards, file_sha256, load_tokenizer = (
+    run.open_store,
+    run.verify_shards,
+    run.file_sha256,
+    run.load_tokenizer,
+)
 
 
 def run_faulty_step(engine, inputs, settings, ranks, watch):
-    global current, num_encoded
-    current, num_encoded = inputs.plan.step, 0
+    global current, num_encoded, num_chunks
+    current, num_encoded, num_chunks = inputs.plan.step, 0, inputs.num_chunks
     if kind == "stall" and current == int(at):
         watch.max_stall_seconds = 4  # on all ranks: their start may take longer than a test should wait
         if here:
@@ -44,6 +54,8 @@ def encode_faulty(*arguments):
     num_encoded += 1
     if kind == "signal" and current == int(at) and num_encoded == 2:
         os.kill(os.getpid(), getattr(signal, rest[0]))
+    if kind == "raise" and current == int(at) and num_encoded == num_chunks + 1:
+        raise RuntimeError("this rank alone failed")
     return encode_chunk(*arguments)
 
 
@@ -62,4 +74,10 @@ if __name__ == "__main__":
         step.encode_chunk, steps.save_checkpoint = encode_faulty, save_faulty
         if kind == "odd":
             sys.argv += rest
+        if kind == "store":
+            run.open_store = lambda path, **options: open_store(rest[0], **options)
+            run.verify_shards = lambda path, *place: verify_shards(rest[0], *place)
+            run.file_sha256 = lambda path: file_sha256(Path(rest[0]) / path.name)
+        if kind == "tokenizer":
+            run.load_tokenizer = lambda name, template: load_tokenizer(rest[0], template)
     raise SystemExit(train.main())

@@ -6,6 +6,7 @@ python gradient_worker.py plain_steps RECIPE OUT         weights after three ste
 deepspeed ... gradient_worker.py steps RECIPE OUT STAGES    weights after three steps of the engine
 """
 
+import math
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -122,7 +123,7 @@ def start_rank(settings: Settings):
 def run_engine(settings: Settings, recipe: str, out: str, stages: str) -> None:
     from deepspeed.utils import safe_get_full_grad
 
-    from pipeline.runtime.engine import build_engine, gathered, sharded_loading, stop_distributed
+    from pipeline.runtime.engine import build_engine, discard_gradients, gathered, sharded_loading, stop_distributed
     from pipeline.runtime.step import prepare_step, run_step
 
     ranks, store, limits, plans = start_rank(settings)
@@ -154,8 +155,7 @@ def run_engine(settings: Settings, recipe: str, out: str, stages: str) -> None:
                     gradients[f"{key}|counts"] = torch.tensor([result.num_filtered, inputs.num_negatives_shown])
                 for name, p in trainable_parameters(engine.module).items():
                     gradients[f"{key}|{name}"] = safe_get_full_grad(p).float().clone()
-                engine.optimizer.zero_grad()
-                engine.zero_grad()
+                discard_gradients(engine)
     if ranks.is_first:
         save_file(gradients, out)
     stop_distributed()
@@ -183,18 +183,24 @@ def run_plain_steps(settings: Settings, out: str) -> None:
 
 
 def run_steps(settings: Settings, recipe: str, out: str, stages: str) -> None:
-    from pipeline.runtime.engine import build_engine, read_state, stop_distributed, take_step
-    from pipeline.runtime.step import prepare_step, run_step
+    from pipeline.runtime import step
+    from pipeline.runtime.engine import build_engine, discard_gradients, read_state, stop_distributed, take_step
+    from pipeline.runtime.step import encode_chunk, prepare_step, run_step
 
     ranks, store, limits, plans = start_rank(settings)
     weights = {}
+    # 2bad: stage 2, and before each step one whose embeddings are NaN, which is given up
     for stage in stages.split(","):
         encoder = build_encoder(settings, store.manifest.tokens)
-        engine = build_engine(
-            encoder, settings.optim, settings.model.dtype, Path(recipe).parent / f"zero{stage}.json", ranks
-        )
+        config = Path(recipe).parent / f"zero{stage[0]}{'_offload' if 'offload' in stage else ''}.json"
+        engine = build_engine(encoder, settings.optim, settings.model.dtype, config, ranks)
         for lr, plan in zip(LEARNING_RATES, plans, strict=False):
             inputs = prepare_step(store, limits, plan, ranks, CHUNK_TOKENS["few"], settings.loss.mask_shown)
+            if stage.endswith("bad"):
+                step.encode_chunk = lambda *arguments: encode_chunk(*arguments) * math.nan
+                assert run_step(engine, inputs, settings, ranks).fault
+                discard_gradients(engine)
+                step.encode_chunk = encode_chunk
             run_step(engine, inputs, settings, ranks)
             take_step(engine, lr)
         weights |= {f"{stage}|{name}": parts["weight"] for name, parts in read_state(engine).items()}

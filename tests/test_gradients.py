@@ -137,12 +137,16 @@ def test_optimizer_steps_equal_plain_adamw(recipe, tmp_path):
     out, truth = tmp_path / "engine.safetensors", tmp_path / "plain.safetensors"
     overrides = ["optim.weight_decay=0.1", "optim.clip_norm=0.01"]
     require_success(run_python(WORKER, ["plain_steps", str(recipe), str(truth), *overrides]))
-    require_success(launch(WORKER, ["steps", str(recipe), str(out), "0,1,2,3", *overrides], 2))
+    stages = "0,1,2,3,3offload,0bad,1bad,2bad,3bad,3offloadbad"  # bad: with a step that is not finite, and not taken, before each
+    require_success(launch(WORKER, ["steps", str(recipe), str(out), stages, *overrides], 2))
     plain = load_file(truth)
     weights = load_file(out)
-    assert len(weights) == 4 * sum(key.startswith("after|") for key in plain)
+    assert len(weights) == 10 * sum(key.startswith("after|") for key in plain)
     for key, value in weights.items():
-        name = key.split("|")[1]
+        stage, name = key.split("|")
+        assert torch.equal(value, weights[f"{stage.removesuffix('bad')}|{name}"]), (
+            f"{key}: a step that is not taken leaves a trace"
+        )
         moved = plain[f"after|{name}"] - plain[f"before|{name}"]
         assert moved.norm() > 0, name
         assert (value - plain[f"after|{name}"]).norm() <= 1e-3 * moved.norm(), key

@@ -28,7 +28,7 @@ ALLOWED = {
     "inference": LEAVES | {"settings", "data", "model", "inference"},
     "evaluation": LEAVES | {"settings", "inference", "evaluation"},
     "reporting": LEAVES | {"settings", "data", "reporting"},
-    "planning": LEAVES | {"settings", "data", "planning"},
+    "planning": LEAVES | {"settings", "data", "model", "planning"},
     "mining": LEAVES | {"settings", "data", "inference", "mining"},
     "training": LEAVES | {"settings", "data", "model", "runtime", "inference", "evaluation", "training"},
     "entry": LEAVES | {"settings", *ROOMS},

@@ -23,6 +23,8 @@ from pipeline.data.packing import deal
 from pipeline.data.sampling import make_schedule, plan_step
 from pipeline.model import attention
 from pipeline.model.encoder import add_lora, load_encoder
+from pipeline.model.flop import executed_flop, forward_flop, model_flop, peak_flops
+from pipeline.model.shapes import ModelShape, read_shape
 from pipeline.planning.activations import Kernels, chunk_memory
 from pipeline.planning.advice import alternatives, recommend, warnings
 from pipeline.planning.cases import make_case, sampled_workload, stated_workload
@@ -33,13 +35,11 @@ from pipeline.planning.estimate import (
     Cluster,
     Load,
     fits,
-    forward_flop,
     largest_chunk,
     memory_of_chunk,
     plan_cost,
     plan_memory,
 )
-from pipeline.planning.shapes import ModelShape, read_shape
 from pipeline.planning.sharding import (
     gathered_numel,
     gradient_bytes,
@@ -239,7 +239,15 @@ def test_time_by_hand() -> None:
     frozen = 2 * (2 * 64 + 2 * 32) * 8000 + 2 * 3 * 128 * (4000 + 200)
     lora = 2 * 2 * (2 * 16 + 2 * 12) * 8000 + 2 * 2 * 3 * 24 * 4200
     scores = 2 * 2 * 80_000 * 8  # two layers, half of 4 L^2 Q
-    assert forward_flop(tiny_case()) == (frozen, lora, scores)
+    work = tiny_case().load.work
+    assert forward_flop(TINY, work, causal=True) == (frozen, lora, scores)
+    # All weights trained: no adapters, and the projections' own gradients besides.
+    everything = replace(TINY, lora_rank=0, full=True)
+    assert executed_flop(everything, work, True, 1.0, recomputed=False) == 3 * frozen + 3.5 * scores
+    weights = 2 * (2 * 64 + 2 * 32 + 3 * 128)
+    assert (model_flop(TINY, work), model_flop(everything, work)) == (4 * weights * 4000, 6 * weights * 4000)
+    assert peak_flops("NVIDIA H100 80GB HBM3") == peak_flops("NVIDIA H200") == 989e12
+    assert peak_flops("NVIDIA H100 PCIe") == 756e12 and peak_flops("some card") is None
     cost = plan_cost(tiny_case())
     assert (cost.chunks, cost.forwards) == (3, 5)
     assert cost.flop == pytest.approx((frozen + lora + scores) * 5 / 3 + frozen + 2 * lora + 2.5 * scores)

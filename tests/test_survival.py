@@ -9,12 +9,14 @@ import pytest
 import torch
 from launching import REPOSITORY, launch, require_success
 from safetensors.torch import load_file
+from transformers import AutoTokenizer
 
 from pipeline.preprocess import main as preprocess
 from pipeline.runtime.checkpoint import find_checkpoint
 from pipeline.runtime.guards import is_spike, require_alike, too_late
 from pipeline.runtime.ranks import Ranks
 from pipeline.runtime.watch import LOST, NOT_FINITE, STOPPED
+from pipeline.settings import load_settings
 
 TRAIN = REPOSITORY / "pipeline" / "train.py"
 FAULTY = Path(__file__).parent / "faulty_rank.py"
@@ -94,6 +96,33 @@ def test_a_rank_started_with_another_recipe_is_named(recipe, tmp_path, monkeypat
     assert result.returncode == 2 and not (tmp_path / "out").exists()
     assert "rank 1 on" in errors(result)[0]
     assert "setting batch.queries 24 where the other ranks have 12; start every rank with the same" in errors(result)[0]
+
+
+def test_a_rank_that_fails_alone_between_two_passes_ends_the_run_with_its_traceback(recipe, tmp_path, monkeypatch):
+    """Under ZeRO-3 the others wait for it inside a collective call."""
+    result = run(recipe, tmp_path / "out", fault="raise 1 2", monkeypatch=monkeypatch)
+    assert result.returncode not in (0, STOPPED)
+    assert "RuntimeError: this rank alone failed" in result.stderr and "in encode_faulty" in result.stderr
+    assert len(read_metrics(tmp_path / "out", "step")) == 2
+
+
+def test_a_rank_that_finds_another_store_or_tokenizer_is_named(recipe, tmp_path, monkeypatch):
+    settings = load_settings(recipe)
+    store = tmp_path / "store"
+    shorter = [f"data.store={store}", "preprocess.max_passage_tokens=50"]
+    assert preprocess(["--config", str(recipe), "--processes", "1", *shorter]) == 0
+    result = run(recipe, tmp_path / "out", fault=f"store 1 0 {store}", monkeypatch=monkeypatch)
+    assert result.returncode == 2 and not (tmp_path / "out").exists()
+    assert "rank 1 on" in errors(result)[0] and "token store" in errors(result)[0]
+
+    tokenizer = AutoTokenizer.from_pretrained(settings.tokenizer_name)
+    tokenizer.add_tokens(["<added>"])
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    fault = f"tokenizer 1 0 {tmp_path / 'tokenizer'}"
+    result = run(recipe, tmp_path / "out", fault=fault, monkeypatch=monkeypatch)
+    assert result.returncode == 2 and not (tmp_path / "out").exists()
+    assert "rank 1 on" in errors(result)[0] and "tokenizer" in errors(result)[0]
+    assert "token store" not in errors(result)[0]
 
 
 def test_a_full_disk_leaves_the_last_checkpoint_usable(recipe, tmp_path, monkeypatch):

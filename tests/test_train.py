@@ -12,7 +12,9 @@ import pytest
 import torch
 from launching import REPOSITORY, environment, launch, require_success, run_python
 from safetensors.torch import load_file, save_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from pipeline.data.composing import Limits, plan_lengths
 from pipeline.data.sampling import make_schedule, plan_step
 from pipeline.data.shown import count_shown
 from pipeline.data.store import open_store, read_manifest
@@ -20,11 +22,13 @@ from pipeline.evaluation.during import record_scores
 from pipeline.inference.description import read_description
 from pipeline.inference.embedder import load_base_embedder, load_embedder
 from pipeline.model.encoder import choose_trained, load_encoder, trainable_parameters
+from pipeline.model.flop import Work, executed_flop
+from pipeline.model.shapes import read_shape
 from pipeline.preprocess import main as preprocess
 from pipeline.runtime.checkpoint import TrainState, find_checkpoint, save_checkpoint
 from pipeline.runtime.ranks import read_ranks
 from pipeline.runtime.runlog import require_tracker
-from pipeline.runtime.sharding_json import read_deepspeed_json
+from pipeline.runtime.sharding_json import read_deepspeed_json, require_exact
 from pipeline.runtime.watch import NOT_FINITE
 from pipeline.settings import LoraSettings, OptimSettings, load_settings
 from pipeline.training.steps import learning_rate
@@ -53,7 +57,7 @@ def losses(out):
 @pytest.fixture(scope="module")
 def whole_run(recipe, tmp_path_factory):
     out = tmp_path_factory.mktemp("whole")
-    result = train(recipe, out)
+    result = train(recipe, out, "run.profile_steps=[1]", "run.tracker=tensorboard")
     require_success(result)
     return out, result.stdout
 
@@ -80,6 +84,29 @@ def test_run_folder_holds_everything(whole_run):
     assert read_description(out / "model").matryoshka_dims == (16,)
     adapter = load_file(out / "model" / "adapter_model.safetensors")
     assert all(value.norm() > 0 for name, value in adapter.items() if "lora_B" in name)
+
+
+def test_arithmetic_profile_and_tracker_of_a_run(recipe, whole_run):
+    out, _ = whole_run
+    metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    settings = load_settings(recipe)
+    store = open_store(settings.data.store)
+    plan = plan_step(store, make_schedule(store, settings), 0)
+    length_S = plan_lengths(store, Limits.from_settings(settings.preprocess), plan).astype(float)
+    work = Work(length_S.sum(), (length_S**2).sum(), len(length_S))
+    first = metrics[0]
+    share = first["passes"] / first["chunks"]
+    flop = executed_flop(read_shape(settings.model, 0), work, causal=True, forwards=share, recomputed=False)
+    assert first["tflops"] * first["seconds"] * 2 == pytest.approx(flop / 1e12)
+    assert first["hfu"] is None and first["mfu"] is None, "no peak is known of a CPU"
+
+    assert sorted(path.name for path in (out / "profile").iterdir()) == ["step-000001.json.gz", "step-000001.txt"]
+    assert "aten::mm" in (out / "profile" / "step-000001.txt").read_text()
+
+    events = EventAccumulator(str(out / "tensorboard")).Reload()
+    assert [event.value for event in events.Scalars("loss")] == pytest.approx([m["loss"] for m in metrics], rel=1e-6)
+    waited = [event.value for event in events.Scalars("seconds_of/data")]
+    assert waited == pytest.approx([m["seconds_of"]["data"] for m in metrics], rel=1e-6)
 
 
 def test_masked_negatives_are_counted(recipe, whole_run):
@@ -294,6 +321,16 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_the_batch_and_a_remedy(reci
     assert result.returncode == NOT_FINITE and "loss is nan at step 3 (dataset " in error and "lower optim.lr" in error
     taken = [json.loads(line)["skipped"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert taken == [False, True, True], "the third bad step in a row ends the run"
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_offload_that_keeps_skipped_steps_is_refused(stage, tmp_path):
+    config = tmp_path / "zero.json"
+    config.write_text(json.dumps({"zero_optimization": {"stage": stage, "offload_optimizer": {"device": "cpu"}}}))
+    with pytest.raises(ValueError, match=f"offloads the optimizer under ZeRO-{stage}.*zero3_offload.json, or remove"):
+        require_exact(config, 1)
+    config.write_text(json.dumps({"zero_optimization": {"stage": stage, "offload_optimizer": {"device": "none"}}}))
+    require_exact(config, 4)
 
 
 def test_deepspeed_json_may_not_set_what_the_recipe_owns(tmp_path):

@@ -24,7 +24,7 @@ Scores of Gemma 2 (soft cap) and masks of windows shorter than a text are not co
 
 from dataclasses import dataclass
 
-from pipeline.planning.shapes import HEAD_NORMS, ModelShape
+from pipeline.model.shapes import HEAD_NORMS, ModelShape
 
 
 @dataclass(frozen=True)

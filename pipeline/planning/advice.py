@@ -5,8 +5,8 @@ Each check speaks once, in the words of settings and files that a user can chang
 
 from dataclasses import replace
 
+from pipeline.model.shapes import KNOWN
 from pipeline.planning.estimate import USABLE, Case, fits, largest_chunk, plan_cost, plan_memory
-from pipeline.planning.shapes import KNOWN
 from pipeline.settings import Settings
 
 NOTABLE = 0.1  # share of the arithmetic's time from which traffic, or of a card from which a buffer, is worth a line

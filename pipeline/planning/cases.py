@@ -11,9 +11,9 @@ import numpy as np
 from pipeline.data.composing import plan_lengths
 from pipeline.data.sampling import Schedule, plan_step
 from pipeline.data.store import TokenStore
+from pipeline.model.shapes import ModelShape
 from pipeline.planning.activations import Kernels
 from pipeline.planning.estimate import Case, Cluster, Load
-from pipeline.planning.shapes import ModelShape
 from pipeline.planning.sharding import Sharding
 from pipeline.settings import PreprocessSettings, Settings
 

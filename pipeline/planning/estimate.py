@@ -8,13 +8,8 @@ Memory of a rank is what lives all the time (weights, optimizer, buffers) and th
     pass 2      the kept graphs, what backward adds to them, and the adapters' gradients
     step        gradients, reduction buckets, Adam's temporaries
 
-Time is arithmetic over a share of the card's peak: an assumption, and one about all arithmetic that is executed, what
-is done twice included (arXiv 2204.02311, appendix B, calls it hardware FLOP utilisation and counts 2 FLOP a weight and
-token, as here). Per token, with N frozen and n LoRA weights in the projections: forward 2(N + n); backward 2N + 4n, as
-frozen weights get no gradient of their own; a second forward for every chunk but those whose graph is kept (gradient
-caching, arXiv 2101.06983); one more, without the last layer, where activations are recomputed. Past its attention the
-last layer counts last tokens only. Attention, per sequence of L tokens and layer: 4 L^2 Q forward (Q the queries'
-width), half of it if causal, 2.5 times that backward (arXiv 2307.08691, section 4.1).
+Time is arithmetic (pipeline/model/flop.py) over a share of the card's peak: an assumption, and one about all
+arithmetic that is executed, what is done twice included.
 
 Traffic: ZeRO-3 gathers the large weights for every forward and every backward pass of every chunk; what is recomputed
 goes backward at once, within DeepSpeed's reuse distance, and is gathered once for both. A ring all-gather brings
@@ -27,8 +22,9 @@ data, checkpoints, start-up.
 import math
 from dataclasses import dataclass, replace
 
+from pipeline.model.flop import Work, executed_flop
+from pipeline.model.shapes import ModelShape
 from pipeline.planning.activations import Kernels, chunk_memory
-from pipeline.planning.shapes import ModelShape
 from pipeline.planning.sharding import (
     Sharding,
     gathered_numel,
@@ -71,6 +67,10 @@ class Load:
     largest: int  # tokens of the largest step
     most_sequences: int
     longest: int  # tokens of the longest sequence that may come
+
+    @property
+    def work(self) -> Work:
+        return Work(self.tokens, self.squares, self.sequences)
 
 
 @dataclass(frozen=True)
@@ -191,31 +191,13 @@ class Cost:
         return max(self.compute_seconds, self.gather_seconds), self.compute_seconds + self.gather_seconds
 
 
-def forward_flop(case: Case) -> tuple[float, float, float]:
-    """(frozen projections, LoRA, attention) of one forward pass over the tokens of a step."""
-    shape, load = case.shape, case.load
-    frozen = lora = 0.0
-    for m in shape.matrices:
-        in_mlp = m.name in ("gate_proj", "up_proj", "down_proj")
-        last = load.sequences if in_mlp and shape.last_rows_only else load.tokens
-        rows = (shape.layers - 1) * load.tokens + last
-        frozen += 2 * m.numel * rows
-        lora += 2 * shape.lora_rank * (m.inputs + m.outputs) * rows
-    attention = shape.layers * 4 * load.squares * shape.query_width * (0.5 if case.causal else 1.0)
-    return frozen, lora, attention
-
-
 def plan_cost(case: Case) -> Cost:
     """Arithmetic, traffic and seconds of a mean step."""
     shape, sharding, cluster = case.shape, case.sharding, case.cluster
     world = cluster.world_size
     chunks = max(1, math.ceil(case.load.tokens / (world * case.chunk_tokens)))
     forwards = 2 * chunks - min(case.graphs, chunks)
-    frozen, lora, attention = forward_flop(case)
-    forward = frozen + lora + attention
-    flop = forward * forwards / chunks + frozen + 2 * lora + 2.5 * attention
-    if case.kernels.checkpointing:
-        flop += forward * (shape.layers - 1) / shape.layers
+    flop = executed_flop(shape, case.load.work, case.causal, forwards / chunks, case.kernels.checkpointing)
     group = min(world, sharding.node_copy) if sharding.node_copy > 1 else world
     gathered = gathered_numel(shape, sharding) * case.kernels.element
     gather_bytes = (forwards + chunks) * gathered * (group - 1) / group

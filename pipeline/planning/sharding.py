@@ -7,7 +7,7 @@ Keys and defaults are DeepSpeed's (runtime/zero/config.py; https://www.deepspeed
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.planning.shapes import ModelShape
+from pipeline.model.shapes import ModelShape
 
 
 @dataclass(frozen=True)

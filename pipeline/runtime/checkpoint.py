@@ -38,6 +38,7 @@ MAY_CHANGE = (
     "run.keep_last",
     "run.max_stall_seconds",
     "run.tracker",
+    "run.profile_steps",
     "evaluation.tasks",
     "evaluation.every",
     "evaluation.num_examples",
@@ -154,7 +155,8 @@ def load_checkpoint(
         )
     saved = flatten(load_settings(checkpoint / "settings.yaml"))
     # Dropout draws go by chunk: with dropout another budget is another run.
-    may_change = set(MAY_CHANGE) - ({"run.chunk_tokens"} if settings.model.lora.dropout else set())
+    has_dropout = settings.model.trained == "lora" and settings.model.lora.dropout > 0
+    may_change = set(MAY_CHANGE) - ({"run.chunk_tokens"} if has_dropout else set())
     for key, value in flatten(settings).items():
         if key not in may_change and saved.get(key) != value:
             raise ValueError(

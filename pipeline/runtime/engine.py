@@ -80,7 +80,9 @@ def _complete_config(path: str | Path, optim: OptimSettings, dtype: str) -> dict
         "gradient_clipping": optim.clip_norm,
         "bf16": {"enabled": dtype == "bf16"},
         "steps_per_print": 2**31,
+        # The optimizer is torch's AdamW with offload, too: adapters are small.
         "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
     }
 
 
@@ -214,19 +216,21 @@ def discard_gradients(engine: deepspeed.DeepSpeedEngine) -> None:
     engine.zero_grad()
 
 
-def read_state(engine: deepspeed.DeepSpeedEngine) -> dict[str, dict[str, Tensor]]:
-    """What a checkpoint needs, whole and on CPU: name -> {"weight": fp32 master, "exp_avg": ..., "exp_avg_sq": ...}.
+def read_state(engine: deepspeed.DeepSpeedEngine, moments: bool = True) -> dict[str, dict[str, Tensor]]:
+    """What a checkpoint needs, whole and on CPU: name -> {"weight": fp32 master, "exp_avg": ..., "exp_avg_sq": ...};
+    without `moments` the weights alone.
 
     Every rank must call this: under ZeRO the pieces come from all of them. All but the first get nothing back.
     """
     state: dict[str, dict[str, Tensor]] = {}
+    keys = MOMENTS if moments else ()
     for name, p in trainable_parameters(engine.module).items():
         if engine.zero_optimization_stage() == 0:
             master = _master(engine, p)
-            parts = {"weight": master.data} | {key: _torch_optimizer(engine).state[master][key] for key in MOMENTS}
+            parts = {"weight": master.data} | {key: _torch_optimizer(engine).state[master][key] for key in keys}
         else:
             parts = {"weight": safe_get_full_fp32_param(p)}
-            parts |= {key: safe_get_full_optimizer_state(p, key) for key in MOMENTS}
+            parts |= {key: safe_get_full_optimizer_state(p, key) for key in keys}
         if torch.distributed.get_rank() > 0:
             continue
         # A copy: safetensors refuses tensors that share memory, and ZeRO 1-2 give views of one flat buffer.

@@ -19,6 +19,7 @@ import transformers
 from pipeline.data.sampling import share_saved
 from pipeline.datatypes import BatchPlan
 from pipeline.files import write_text
+from pipeline.model.flop import StepFlop, peak_flops
 from pipeline.runtime.ranks import Ranks
 from pipeline.runtime.step import StepInputs, StepResult
 
@@ -41,6 +42,9 @@ class StepMetrics:
     queries_per_second: float
     tokens: int
     tokens_per_second: float
+    tflops: float | None  # executed by a rank a second, 1e12; this and the next two: pipeline/model/flop.py
+    hfu: float | None  # that as share of the card's peak; None where the peak is not known
+    mfu: float | None  # 4NT instead of what is executed
     memory_gib: float  # peak on this rank: allocator on GPU, resident set on CPU
     chunks: int  # per rank
     passes: int  # forward passes of a rank: one a chunk, and another for each chunk whose graph was not kept
@@ -65,10 +69,13 @@ def step_metrics(
     norm: float,
     lr: float,
     seconds: dict[str, float],
+    flop: StepFlop | None,
     clip_norm: float,
     ranks: Ranks,
 ) -> StepMetrics:
     """One line of metrics.jsonl."""
+    rank_seconds = seconds["all"] * ranks.world_size
+    peak = peak_flops(torch.cuda.get_device_name(ranks.device)) if ranks.device.type == "cuda" else None
     return StepMetrics(
         step=plan.step,
         epoch=plan.epoch,
@@ -82,6 +89,9 @@ def step_metrics(
         queries_per_second=plan.num_queries / seconds["all"],
         tokens=inputs.num_tokens,
         tokens_per_second=inputs.num_tokens / seconds["all"],
+        tflops=flop.executed / rank_seconds / 1e12 if flop else None,
+        hfu=flop.executed / rank_seconds / peak if flop and peak else None,
+        mfu=flop.model / rank_seconds / peak if flop and peak else None,
         memory_gib=peak_memory_gib(ranks.device),
         chunks=inputs.num_chunks,
         passes=result.num_passes,
@@ -127,11 +137,12 @@ def peak_memory_gib(device: torch.device) -> float:
 def step_line(m: StepMetrics, total_steps: int, seconds_left: float) -> str:
     """The one line a step that people watch."""
     minutes, seconds = divmod(int(seconds_left), 60)
+    work = "" if m.hfu is None else f"{m.tflops:.0f} TFLOP/s, HFU {m.hfu:.0%}, MFU {m.mfu:.0%} | "
     filtered = f"{m.negatives_filtered:,} filtered | " if m.negatives_filtered else ""
     return (
         f"step {m.step + 1}/{total_steps} | {m.dataset} | loss {m.loss:.4f} | grad {m.grad_norm:.2f}"
         f"{' clipped' if m.clipped else ''}{' NOT TAKEN' if m.skipped else ''} | lr {m.lr:.2e} | "
-        f"{m.queries_per_second:.1f} q/s | {m.tokens_per_second:,.0f} tok/s | "
+        f"{m.queries_per_second:.1f} q/s | {m.tokens_per_second:,.0f} tok/s | {work}"
         f"mem {m.memory_gib:.2f} GiB | {m.chunks} chunks, {m.passes} passes | "
         f"{m.examples_per_query:.1f} examples/q | {filtered}{m.seconds:.2f} s | "
         f"eta {minutes // 60}h{minutes % 60:02d}m{seconds:02d}s"
@@ -166,7 +177,8 @@ def open_tracker(kind: str, folder: Path, settings: dict[str, Any]) -> Track:
         writer = SummaryWriter(str(folder / "tensorboard"))
 
         def to_tensorboard(metrics: dict[str, Any]) -> None:
-            for name, value in metrics.items():
+            phases = {f"seconds_of/{name}": value for name, value in metrics["seconds_of"].items()}
+            for name, value in (metrics | phases).items():
                 if isinstance(value, (int, float)):
                     writer.add_scalar(name, value, metrics["step"])
             writer.flush()

@@ -48,9 +48,19 @@ def zero_stage(config: dict[str, Any]) -> int:
     return int(config.get("zero_optimization", {}).get("stage", 0))
 
 
-def require_keepable(path: str | Path, keep_graphs: int) -> None:
-    """ValueError for several live graphs under ZeRO-3, whose gradients would be wrong by 70 % without a word."""
-    if zero_stage(read_deepspeed_json(path)) == 3 and keep_graphs > 1:
+def require_exact(path: str | Path, keep_graphs: int) -> None:
+    """ValueError for what would train on wrong gradients without a word: several live graphs under ZeRO-3 (off by
+    70 %), and an offloaded optimizer under ZeRO 1 or 2, where a step that is not taken stays in the next one's gradient
+    (both measured, DeepSpeed 0.19).
+    """
+    config = read_deepspeed_json(path)
+    stage, zero = zero_stage(config), config.get("zero_optimization", {})
+    if stage in (1, 2) and (zero.get("offload_optimizer") or {}).get("device", "none") != "none":
+        raise ValueError(
+            f"run.deepspeed={path} offloads the optimizer under ZeRO-{stage}, where a step that is not finite would stay "
+            "in the gradient of the next one; take ds_configs/zero3_offload.json, or remove offload_optimizer"
+        )
+    if stage == 3 and keep_graphs > 1:
         raise ValueError(
             f"run.keep_graphs={keep_graphs} and ZeRO-3 ({path}) exclude each other: several live graphs give wrong "
             "gradients there; set run.keep_graphs=1, or a JSON of stage 0, 1 or 2 as run.deepspeed"

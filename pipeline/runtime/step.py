@@ -39,6 +39,7 @@ class StepInputs:
     targets: LossTargets
     rows: slice
     num_tokens: int
+    num_squares: int  # sum of squared lengths
     num_chunks: int
     num_negatives_shown: int
 
@@ -76,6 +77,7 @@ def prepare_step(
         targets=loss_targets(plan, rows, ranks.device, mask_shown),
         rows=rows,
         num_tokens=int(length_S.sum()),
+        num_squares=int((length_S.astype(np.int64) ** 2).sum()),
         num_chunks=len(chunks),
         num_negatives_shown=count_shown(plan) if mask_shown else 0,
     )
@@ -140,7 +142,7 @@ def run_step(
         moments.append(_moment(ranks.device))
         return total, gradients
 
-    assert settings.run.keep_graphs == 1 or engine.zero_optimization_stage() < 3, "require_keepable comes first"
+    assert settings.run.keep_graphs == 1 or engine.zero_optimization_stage() < 3, "require_exact comes first"
     with one_reduction(engine) as backward:
         result = two_pass_step(
             inputs.chunks,

@@ -17,14 +17,15 @@ from pipeline.evaluation.tasks import RetrievalTask, load_task
 from pipeline.files import file_sha256
 from pipeline.model.encoder import Encoder, choose_trained, load_encoder, require_rows
 from pipeline.model.loss import require_dims
+from pipeline.model.shapes import ModelShape, read_shape
 from pipeline.prompts import get_template
 from pipeline.runtime.engine import build_engine, gathered, sharded_loading
 from pipeline.runtime.guards import code_versions, digest_plan, require_alike
 from pipeline.runtime.ranks import Ranks, together
 from pipeline.runtime.runlog import require_tracker
-from pipeline.runtime.sharding_json import read_deepspeed_json, require_keepable
+from pipeline.runtime.sharding_json import read_deepspeed_json, require_exact
 from pipeline.runtime.watch import Watch, mark
-from pipeline.settings import EvaluationSettings, Settings, flatten
+from pipeline.settings import EvaluationSettings, ModelSettings, Settings, flatten
 
 log = logging.getLogger("train")
 
@@ -45,6 +46,7 @@ class Run:
     encoder: Encoder
     engine: Any
     total_steps: int
+    shape: ModelShape | None  # None: its arithmetic cannot be counted
 
 
 def set_up(settings: Settings, ranks: Ranks, watch: Watch) -> Run:
@@ -56,7 +58,7 @@ def set_up(settings: Settings, ranks: Ranks, watch: Watch) -> Run:
     require_alike(code_versions() | {f"setting {k}": repr(v) for k, v in flatten(settings).items()}, ranks)
     sharding = together(lambda: json.dumps(read_deepspeed_json(settings.run.deepspeed), sort_keys=True), ranks)
     require_alike({"the DeepSpeed JSON": sharding}, ranks)
-    require_keepable(settings.run.deepspeed, settings.run.keep_graphs)
+    require_exact(settings.run.deepspeed, settings.run.keep_graphs)
     together(lambda: require_tracker(settings.run.tracker), ranks)
     tasks = together(lambda: load_tasks(settings.evaluation), ranks)
 
@@ -88,8 +90,29 @@ def set_up(settings: Settings, ranks: Ranks, watch: Watch) -> Run:
     engine = build_engine(encoder, settings.optim, settings.model.dtype, settings.run.deepspeed, ranks)
     log.info("%s, ZeRO-%d, %d ranks", describe(encoder), engine.zero_optimization_stage(), ranks.world_size)
     return Run(
-        settings, out, ranks, watch, store, manifest_hash, schedule, tokenizer, tasks, encoder, engine, total_steps
+        settings=settings,
+        out=out,
+        ranks=ranks,
+        watch=watch,
+        store=store,
+        manifest_hash=manifest_hash,
+        schedule=schedule,
+        tokenizer=tokenizer,
+        tasks=tasks,
+        encoder=encoder,
+        engine=engine,
+        total_steps=total_steps,
+        shape=countable_shape(settings.model),
     )
+
+
+def countable_shape(model: ModelSettings) -> ModelShape | None:
+    """Shape of a decoder of LLaMA's kind; the arithmetic of others is not counted, and the log says so."""
+    try:
+        return read_shape(model, num_markers=0)
+    except ValueError as error:
+        log.info("no FLOP in the metrics: %s", error)
+        return None
 
 
 def load_tasks(evaluation: EvaluationSettings) -> tuple[RetrievalTask, ...]:

@@ -1,25 +1,30 @@
 """The loop over steps: resume, step, line, evaluation, checkpoint."""
 
+import contextlib
 import dataclasses
 import logging
 import math
 import time
+from collections.abc import Iterator
 from concurrent.futures import Executor
 from pathlib import Path
 
 import numpy as np
+import torch
+from torch.profiler import ProfilerActivity, profile
 
 from pipeline.data.composing import Limits
 from pipeline.data.sampling import plan_step
 from pipeline.files import write_text
 from pipeline.inference.embedder import FewShotEmbedder
 from pipeline.inference.saving import save_model
+from pipeline.model.flop import StepFlop, Work, executed_flop, model_flop
 from pipeline.runtime.checkpoint import TrainState, find_checkpoint, load_checkpoint, save_checkpoint
 from pipeline.runtime.engine import discard_gradients, read_state, take_step, write_state
 from pipeline.runtime.guards import is_spike, too_late
 from pipeline.runtime.ranks import from_first, together
 from pipeline.runtime.runlog import append_metrics, open_tracker, start_metrics, step_line, step_metrics
-from pipeline.runtime.step import StepInputs, make_optimizer_state, prepare_step, run_step
+from pipeline.runtime.step import StepInputs, StepResult, make_optimizer_state, prepare_step, run_step
 from pipeline.runtime.watch import StopRequested, mark
 from pipeline.settings import OptimSettings, dump_settings
 from pipeline.training.run import Run
@@ -74,8 +79,10 @@ def train_steps(run: Run, state: TrainState, loader: Executor) -> TrainState:
         if state.step + 1 < run.total_steps:
             coming = loader.submit(load, state.step + 1)
         lr = learning_rate(settings.optim, state.step, run.total_steps)
+        wanted = ranks.is_first and state.step in settings.run.profile_steps
         try:
-            result = run_step(run.engine, inputs, settings, ranks, run.watch)
+            with traced_step(out / "profile", state.step) if wanted else contextlib.nullcontext():
+                result = run_step(run.engine, inputs, settings, ranks, run.watch)
         except StopRequested as stop:
             # Weights do not change inside a step: those after the last one are saved, and this one is done again.
             if saved_step < state.step:
@@ -112,7 +119,8 @@ def train_steps(run: Run, state: TrainState, loader: Executor) -> TrainState:
         if ranks.is_first:
             if is_spike(losses.setdefault(plan.dataset, []), result.loss):
                 log.warning("loss %.4f is more than 3 times what it was lately: %s", result.loss, where)
-            metrics = step_metrics(plan, dataset, inputs, result, norm, lr, seconds, settings.optim.clip_norm, ranks)
+            flop, clip_norm = count_flop(run, inputs, result), settings.optim.clip_norm
+            metrics = step_metrics(plan, dataset, inputs, result, norm, lr, seconds, flop, clip_norm, ranks)
             # The first steps are slow (allocation, compilation): the estimate forgets them.
             recent = [*recent[-19:], seconds["all"]]
             log.info(step_line(metrics, run.total_steps, float(np.median(recent)) * (run.total_steps - state.step)))
@@ -127,6 +135,30 @@ def train_steps(run: Run, state: TrainState, loader: Executor) -> TrainState:
     if not state.updates:
         raise FloatingPointError(f"none of {state.step} steps moved the weights: there is no model to save; {REMEDY}")
     return state
+
+
+@contextlib.contextmanager
+def traced_step(folder: Path, step: int) -> Iterator[None]:
+    """torch's profiler around both passes of a step: a trace (for https://ui.perfetto.dev) and a table of operators."""
+    on_gpu = torch.cuda.is_available()
+    kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
+    with profile(activities=kinds) as records:
+        yield
+    folder.mkdir(parents=True, exist_ok=True)
+    records.export_chrome_trace(str(folder / f"step-{step:06d}.json.gz"))
+    order = "self_device_time_total" if on_gpu else "self_cpu_time_total"
+    write_text(folder / f"step-{step:06d}.txt", records.key_averages().table(sort_by=order, row_limit=40))
+    log.info("profile of step %d in %s", step, folder)
+
+
+def count_flop(run: Run, inputs: StepInputs, result: StepResult) -> StepFlop | None:
+    """Arithmetic of the step over all ranks; None for models whose shape is not known."""
+    if run.shape is None:
+        return None
+    model, work = run.settings.model, Work(inputs.num_tokens, inputs.num_squares, inputs.plan.num_sequences)
+    forwards, causal = result.num_passes / inputs.num_chunks, model.attention == "causal"
+    executed = executed_flop(run.shape, work, causal, forwards, model.activation_checkpointing)
+    return StepFlop(executed, model_flop(run.shape, work))
 
 
 def save(run: Run, state: TrainState) -> float:
@@ -176,7 +208,7 @@ def evaluate(run: Run, state: TrainState) -> float:
     log.info("after %d steps: %s (%s)", state.step, shown, took)
     if best and state.updates:
         mark(run.watch, "writing the best model")
-        trainable = read_state(run.engine)
+        trainable = read_state(run.engine, moments=False)
         if ranks.is_first:
             save_model(run.out / "best_model", run.encoder, trainable, run.tokenizer, settings, run.store)
     return time.perf_counter() - started

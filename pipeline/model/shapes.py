@@ -30,7 +30,9 @@ class Matrix:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """What memory and time depend on. `markers` are new marker tokens, whose rows train."""
+    """What memory and time depend on. `markers` are new marker tokens, whose rows train. `full`: all weights train, and
+    `frozen` and `trained`, which are LoRA's, say nothing.
+    """
 
     family: str
     layers: int
@@ -44,6 +46,7 @@ class ModelShape:
     markers: int
     capped: bool  # soft cap of attention scores: a matrix of length x length a head is kept
     last_rows_only: bool  # the last layer goes on with last tokens (pipeline/model/last_layer.py)
+    full: bool = False
 
     @property
     def query_width(self) -> int:
@@ -124,8 +127,9 @@ def read_shape(model: ModelSettings, num_markers: int) -> ModelShape:
         head_width=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
         mlp_width=config.intermediate_size,
         vocabulary=config.vocab_size,
-        lora_rank=model.lora.rank,
+        lora_rank=model.lora.rank if model.trained == "lora" else 0,
         markers=num_markers,
         capped=bool(getattr(config, "attn_logit_softcapping", None)),
         last_rows_only=model.pooling == "last" and config.model_type in KNOWN,
+        full=model.trained == "full",
     )

@@ -1,0 +1,78 @@
+"""Arithmetic of a step, by formula: what the planner foresees and what a run's log counts.
+
+2 FLOP a weight and token (arXiv 2204.02311, appendix B). Per token, with N frozen and n LoRA weights in the
+projections: forward 2(N + n); backward 2N + 4n, as frozen weights get no gradient of their own (4N where every weight
+trains); a second forward for every chunk but those whose graph is kept (gradient caching, arXiv 2101.06983); one more,
+without the last layer, where activations are recomputed. Past its attention the last layer counts last tokens only.
+Attention, per sequence of L tokens and layer: 4 L^2 Q forward (Q the queries' width), half of it if causal, 2.5 times
+that backward (arXiv 2307.08691, section 4.1).
+
+Two shares of a card's peak, as that appendix names them: hardware FLOP utilisation (HFU) counts all that is executed,
+what is done twice included; model FLOP utilisation (MFU) counts what one forward and one backward pass need, here 4NT
+for T tokens (6NT where every weight trains), without attention.
+"""
+
+from dataclasses import dataclass
+
+from pipeline.model.shapes import ModelShape
+
+# Dense bf16 peaks, FLOP a second, from the makers' data sheets; the first name that the card's name holds.
+PEAKS = {
+    "H200 NVL": 835e12,
+    "H200": 989e12,
+    "H100 80GB HBM3": 989e12,
+    "H100 NVL": 835e12,
+    "H100 PCIe": 756e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+}
+
+
+@dataclass(frozen=True)
+class Work:
+    """What the encoder reads in a step, all ranks together. `squares`: sum of squared lengths."""
+
+    tokens: float
+    squares: float
+    sequences: float
+
+
+@dataclass(frozen=True)
+class StepFlop:
+    """Of a step, all ranks together. `executed` counts for HFU, `model` (4NT) for MFU."""
+
+    executed: float
+    model: float
+
+
+def forward_flop(shape: ModelShape, work: Work, causal: bool) -> tuple[float, float, float]:
+    """(projections, LoRA, attention) of one forward pass over the tokens of a step."""
+    projections = lora = 0.0
+    for m in shape.matrices:
+        in_mlp = m.name in ("gate_proj", "up_proj", "down_proj")
+        last = work.sequences if in_mlp and shape.last_rows_only else work.tokens
+        rows = (shape.layers - 1) * work.tokens + last
+        projections += 2 * m.numel * rows
+        lora += 2 * shape.lora_rank * (m.inputs + m.outputs) * rows
+    attention = shape.layers * 4 * work.squares * shape.query_width * (0.5 if causal else 1.0)
+    return projections, lora, attention
+
+
+def executed_flop(shape: ModelShape, work: Work, causal: bool, forwards: float, recomputed: bool) -> float:
+    """All arithmetic of a step. `forwards`: forward passes over its tokens, 1 to 2 (what is recomputed not counted)."""
+    projections, lora, attention = forward_flop(shape, work, causal)
+    forward = projections + lora + attention
+    backward = (2 if shape.full else 1) * projections + 2 * lora + 2.5 * attention
+    again = forward * (shape.layers - 1) / shape.layers if recomputed else 0
+    return forward * forwards + backward + again
+
+
+def model_flop(shape: ModelShape, work: Work) -> float:
+    """4NT, or 6NT where every weight trains: the arithmetic that MFU counts."""
+    weights = shape.layers * sum(m.numel for m in shape.matrices)
+    return (6 if shape.full else 4) * weights * work.tokens
+
+
+def peak_flops(card: str) -> float | None:
+    """Peak of a card by the name that its driver gives; None where it is not known."""
+    return next((peak for name, peak in PEAKS.items() if name in card), None)
