@@ -57,8 +57,8 @@ def require_exact(path: str | Path, keep_graphs: int) -> None:
     stage, zero = zero_stage(config), config.get("zero_optimization", {})
     if stage in (1, 2) and (zero.get("offload_optimizer") or {}).get("device", "none") != "none":
         raise ValueError(
-            f"run.deepspeed={path} offloads the optimizer under ZeRO-{stage}, where a step that is not finite would stay "
-            "in the gradient of the next one; take ds_configs/zero3_offload.json, or remove offload_optimizer"
+            f"run.deepspeed={path} offloads the optimizer under ZeRO-{stage}, where a step that is not finite would "
+            "stay in the gradient of the next one; take ds_configs/zero3_offload.json, or remove offload_optimizer"
         )
     if stage == 3 and keep_graphs > 1:
         raise ValueError(
