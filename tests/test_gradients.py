@@ -137,7 +137,8 @@ def test_optimizer_steps_equal_plain_adamw(recipe, tmp_path):
     out, truth = tmp_path / "engine.safetensors", tmp_path / "plain.safetensors"
     overrides = ["optim.weight_decay=0.1", "optim.clip_norm=0.01"]
     require_success(run_python(WORKER, ["plain_steps", str(recipe), str(truth), *overrides]))
-    stages = "0,1,2,3,3offload,0bad,1bad,2bad,3bad,3offloadbad"  # bad: with a step that is not finite, and not taken, before each
+    # bad: with a step that is not finite, and so not taken, before each
+    stages = "0,1,2,3,3offload,0bad,1bad,2bad,3bad,3offloadbad"
     require_success(launch(WORKER, ["steps", str(recipe), str(out), stages, *overrides], 2))
     plain = load_file(truth)
     weights = load_file(out)
