@@ -18,7 +18,7 @@ from pipeline.data.composing import Limits, plan_lengths
 from pipeline.data.sampling import make_schedule, plan_step
 from pipeline.data.shown import count_shown
 from pipeline.data.store import open_store, read_manifest
-from pipeline.evaluation.during import record_scores
+from pipeline.evaluation.during import is_best, is_scored, record_scores
 from pipeline.inference.description import read_description
 from pipeline.inference.embedder import load_base_embedder, load_embedder
 from pipeline.model.encoder import choose_trained, load_encoder, trainable_parameters
@@ -167,11 +167,24 @@ def test_evaluation_on_all_ranks_scores_as_the_saved_model_and_leaves_training_a
     for mode, value in found.items():
         assert lines[-1]["scores"][f"tiny/{mode}"] == pytest.approx(value, abs=1e-6)
 
+    # Killed after the last checkpoint, before its evaluation was through.
+    log, cut = out / "evaluation.jsonl", tmp_path / "cut"
+    whole_log = log.read_text()
+    shutil.copytree(out, cut)
+    (cut / "evaluation.jsonl").write_text(whole_log.splitlines(keepends=True)[0])
+    require_success(train(recipe, cut, f"evaluation.tasks=[{task}]", "evaluation.every=4", "run.keep_last=9"))
+    assert (cut / "evaluation.jsonl").read_text() == whole_log
+
 
 def test_scores_of_steps_done_again_give_way_and_only_a_better_mean_is_the_best(tmp_path):
     scores = [(2, 0.5), (4, 0.7), (6, 0.6), (4, 0.55), (6, 0.8)]
-    best = [record_scores(tmp_path, step, {"t/zero_shot": 0.0, "t/few_shot": few}) for step, few in scores]
+    best = []
+    for step, few in scores:
+        named = {"t/zero_shot": 0.0, "t/few_shot": few}
+        best.append(is_best(tmp_path, step, named))
+        record_scores(tmp_path, step, named, best[-1])
     assert best == [True, True, False, True, True]
+    assert is_scored(tmp_path, 4) and not is_scored(tmp_path, 5)
     lines = [json.loads(line) for line in (tmp_path / "evaluation.jsonl").read_text().splitlines()]
     assert [(line["step"], line["mean"]) for line in lines] == [(2, 0.5), (4, 0.55), (6, 0.8)]
 

@@ -3,8 +3,8 @@
 import json
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
-from pipeline.evaluation.runner import score_modes
 from pipeline.evaluation.tasks import RetrievalTask
 from pipeline.files import write_text
 from pipeline.inference.embedder import FewShotEmbedder
@@ -14,22 +14,39 @@ LOG = "evaluation.jsonl"
 
 def score_task(embedder: FewShotEmbedder, task: RetrievalTask, num_examples: int) -> dict[str, float]:
     """`task/mode` -> the task's metric; few-shot where the task has examples and num_examples is not 0."""
+    from pipeline.evaluation.runner import score_modes  # mteb takes seconds to load
+
     shots = num_examples if task.examples else 0
     modes = ("zero_shot", "few_shot") if shots else ("zero_shot",)
     return {f"{task.name}/{mode}": value for mode, value in score_modes(embedder, task, modes, shots).items()}
 
 
-def record_scores(folder: Path, step: int, scores: dict[str, float]) -> bool:
-    """Add a line to the log; whether these are the best so far, by the mean of the few-shot scores (else of all).
+def is_scored(folder: Path, step: int) -> bool:
+    """Whether the log has scores of the model after `step` steps."""
+    return any(line["step"] == step for line in _read(folder))
 
-    Lines of this step and later ones, which a run that went on from a checkpoint does again, give way; those of other
-    tasks or modes are not compared.
+
+def is_best(folder: Path, step: int, scores: dict[str, float]) -> bool:
+    """Whether these are the best so far, by the mean of the few-shot scores (else of all).
+
+    Steps from this one on, which a run that went on from a checkpoint does again, do not count; nor do scores of other
+    tasks or modes.
     """
-    shown = [value for name, value in scores.items() if name.endswith("/few_shot")] or list(scores.values())
+    alike = [line for line in _read(folder) if line["step"] < step and line["scores"].keys() == scores.keys()]
+    return all(_mean(scores) > line["mean"] for line in alike)
+
+
+def record_scores(folder: Path, step: int, scores: dict[str, float], best: bool) -> None:
+    """Add a line to the log, in place of those of this step and later ones."""
+    lines = [line for line in _read(folder) if line["step"] < step]
+    lines.append({"step": step, "mean": _mean(scores), "best": best, "scores": scores})
+    write_text(folder / LOG, "".join(json.dumps(line) + "\n" for line in lines))
+
+
+def _mean(scores: dict[str, float]) -> float:
+    return mean([value for name, value in scores.items() if name.endswith("/few_shot")] or scores.values())
+
+
+def _read(folder: Path) -> list[dict[str, Any]]:
     path = folder / LOG
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
-    lines = [line for line in lines if line["step"] < step]
-    best = all(mean(shown) > line["mean"] for line in lines if line["scores"].keys() == scores.keys())
-    lines.append({"step": step, "mean": mean(shown), "best": best, "scores": scores})
-    write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
-    return best
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []

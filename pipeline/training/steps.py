@@ -16,8 +16,6 @@ from torch.profiler import ProfilerActivity, profile
 from pipeline.data.composing import Limits
 from pipeline.data.sampling import plan_step
 from pipeline.files import write_text
-from pipeline.inference.embedder import FewShotEmbedder
-from pipeline.inference.saving import save_model
 from pipeline.model.flop import StepFlop, Work, executed_flop, model_flop
 from pipeline.runtime.checkpoint import TrainState, find_checkpoint, load_checkpoint, save_checkpoint
 from pipeline.runtime.engine import discard_gradients, read_state, take_step, write_state
@@ -27,6 +25,7 @@ from pipeline.runtime.runlog import append_metrics, open_tracker, start_metrics,
 from pipeline.runtime.step import StepInputs, StepResult, make_optimizer_state, prepare_step, run_step
 from pipeline.runtime.watch import StopRequested, mark
 from pipeline.settings import OptimSettings, dump_settings
+from pipeline.training.evaluating import evaluate, is_due, must_make_up
 from pipeline.training.run import Run
 
 log = logging.getLogger("train")
@@ -58,7 +57,7 @@ def resume(run: Run) -> TrainState:
 def train_steps(run: Run, state: TrainState, loader: Executor) -> TrainState:
     """All steps from `state` to the last; raises what `train` raises."""
     settings, ranks, out = run.settings, run.ranks, run.out
-    limits, evaluate_every = Limits.from_settings(settings.preprocess), settings.evaluation.every
+    limits = Limits.from_settings(settings.preprocess)
     track = open_tracker(settings.run.tracker if ranks.is_first else "none", out, dataclasses.asdict(settings))
     saved_step, bad_in_a_row = state.step, 0
     save_seconds = evaluate_seconds = 0.0
@@ -69,6 +68,9 @@ def train_steps(run: Run, state: TrainState, loader: Executor) -> TrainState:
         plan = plan_step(run.store, run.schedule, step)
         return prepare_step(run.store, limits, plan, ranks, settings.run.chunk_tokens, settings.loss.mask_shown)
 
+    # An evaluation that a kill cut off is made up.
+    if must_make_up(run, state.step):
+        evaluate_seconds = evaluate(run, state)
     coming = loader.submit(load, state.step)
     while state.step < run.total_steps:
         started = time.perf_counter()
@@ -127,10 +129,9 @@ def train_steps(run: Run, state: TrainState, loader: Executor) -> TrainState:
             append_metrics(out / "metrics.jsonl", metrics)
             track(dataclasses.asdict(metrics))
 
-        at_end = state.step == run.total_steps
-        if at_end or state.step % settings.run.save_every == 0:
+        if state.step == run.total_steps or state.step % settings.run.save_every == 0:
             save_seconds, saved_step = save(run, state), state.step
-        if evaluate_every and (at_end or state.step % evaluate_every == 0):
+        if is_due(run, state.step):
             evaluate_seconds = evaluate(run, state)
     if not state.updates:
         raise FloatingPointError(f"none of {state.step} steps moved the weights: there is no model to save; {REMEDY}")
@@ -177,40 +178,6 @@ def save(run: Run, state: TrainState) -> float:
         return save_checkpoint(folder, state, trainable, run.settings, run.manifest_hash, keep_last)
 
     log.info("saved %s", together(write, run.ranks))
-    return time.perf_counter() - started
-
-
-def evaluate(run: Run, state: TrainState) -> float:
-    """Score the model as it is on the recipe's tasks, all ranks together; the best one stands in best_model/. Returns
-    the seconds.
-    """
-    from pipeline.evaluation.during import record_scores, score_task  # mteb takes seconds to load
-
-    started, ranks, settings = time.perf_counter(), run.ranks, run.settings
-    embedder = FewShotEmbedder(
-        encoder=run.engine,
-        tokenizer=run.tokenizer,
-        limits=Limits.from_settings(settings.preprocess),
-        device=ranks.device,
-        chunk_tokens=settings.run.chunk_tokens,
-        show_progress=False,
-        place=(ranks.rank, ranks.world_size),
-    )
-    run.engine.eval()
-    scores: dict[str, float] = {}
-    for task in run.tasks:
-        mark(run.watch, f"evaluating on {task.name} after {state.step} steps")
-        scores |= score_task(embedder, task, settings.evaluation.num_examples)
-    run.engine.train()
-    shown = ", ".join(f"{name} {value:.4f}" for name, value in scores.items())
-    best = from_first(ranks.is_first and record_scores(run.out, state.step, scores), ranks)
-    took = f"{time.perf_counter() - started:.0f} s{'; the best so far' if best else ''}"
-    log.info("after %d steps: %s (%s)", state.step, shown, took)
-    if best and state.updates:
-        mark(run.watch, "writing the best model")
-        trainable = read_state(run.engine, moments=False)
-        if ranks.is_first:
-            save_model(run.out / "best_model", run.encoder, trainable, run.tokenizer, settings, run.store)
     return time.perf_counter() - started
 
 

@@ -1,0 +1,62 @@
+"""Scores of the model in training, on all ranks; the best model is kept."""
+
+import logging
+import time
+
+from pipeline.data.composing import Limits
+from pipeline.evaluation.during import is_best, is_scored, record_scores, score_task
+from pipeline.inference.embedder import FewShotEmbedder
+from pipeline.inference.saving import save_model
+from pipeline.runtime.checkpoint import TrainState
+from pipeline.runtime.engine import read_state
+from pipeline.runtime.ranks import from_first
+from pipeline.runtime.watch import mark
+from pipeline.training.run import Run
+
+log = logging.getLogger("train")
+
+
+def is_due(run: Run, step: int) -> bool:
+    """Whether the model is to be evaluated when `step` steps are done."""
+    every = run.settings.evaluation.every
+    return bool(every and step and (step == run.total_steps or step % every == 0))
+
+
+def must_make_up(run: Run, step: int) -> bool:
+    """Whether the evaluation after `step` steps was due, and cut off by the end of the process."""
+    return is_due(run, step) and not from_first(run.ranks.is_first and is_scored(run.out, step), run.ranks)
+
+
+def evaluate(run: Run, state: TrainState) -> float:
+    """Score the model as it is on the recipe's tasks, all ranks together; the best one stands in best_model/. Returns
+    the seconds.
+    """
+    started, ranks, settings = time.perf_counter(), run.ranks, run.settings
+    embedder = FewShotEmbedder(
+        encoder=run.engine,
+        tokenizer=run.tokenizer,
+        limits=Limits.from_settings(settings.preprocess),
+        device=ranks.device,
+        chunk_tokens=settings.run.chunk_tokens,
+        show_progress=False,
+        place=(ranks.rank, ranks.world_size),
+    )
+    run.engine.eval()
+    scores: dict[str, float] = {}
+    for task in run.tasks:
+        mark(run.watch, f"evaluating on {task.name} after {state.step} steps")
+        scores |= score_task(embedder, task, settings.evaluation.num_examples)
+    run.engine.train()
+    shown = ", ".join(f"{name} {value:.4f}" for name, value in scores.items())
+    best = from_first(ranks.is_first and state.updates > 0 and is_best(run.out, state.step, scores), ranks)
+    took = f"{time.perf_counter() - started:.0f} s{'; the best so far' if best else ''}"
+    log.info("after %d steps: %s (%s)", state.step, shown, took)
+    if best:
+        mark(run.watch, "writing the best model")
+        trainable = read_state(run.engine, moments=False)
+        if ranks.is_first:
+            save_model(run.out / "best_model", run.encoder, trainable, run.tokenizer, settings, run.store)
+    # The line comes last: what it says is there.
+    if ranks.is_first:
+        record_scores(run.out, state.step, scores, best)
+    return time.perf_counter() - started
