@@ -25,7 +25,7 @@ setup(
     package_dir={"embed_kernels": "kernels/embed_kernels"},
     entry_points={"console_scripts": ["bge-icl=pipeline.command_line:main"]},
     install_requires=[
-        "torch>=2.12",
+        "torch>=2.11",
         "deepspeed>=0.19.8",
         # 5.0 to 5.9 mistake any folder named kernels for the hub's package and fail.
         "transformers>=5.10",

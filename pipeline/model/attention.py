@@ -64,9 +64,7 @@ def _choose_kernel(kernel: str, device_type: str, dtype: str, softcap: float | N
     faults = {"flash_attn": "", "torch_varlen": "", "sdpa": ""}
     if importlib.util.find_spec("flash_attn") is None:
         faults["flash_attn"] = "flash-attn is not installed (pip install flash-attn --no-build-isolation)"
-    if _torch_version() < (2, 12):
-        faults["torch_varlen"] = f"torch {torch.__version__} is too old (2.12 has all that is needed)"
-    elif softcap:
+    if softcap:
         faults["torch_varlen"] = "it has no soft cap of attention scores, which this model needs"
     for fused in ("flash_attn", "torch_varlen"):
         if device_type != "cuda":
@@ -143,6 +141,11 @@ def _torch_varlen(query_THK: Tensor, key_THK: Tensor, value_THK: Tensor, call: _
 
     assert not call.softcap, "_choose_kernel does not give a model with a soft cap to this kernel"
     left = -1 if call.window is None else call.window
+    groups, options = query_THK.shape[1] // key_THK.shape[1], {}
+    if groups > 1 and _torch_version() < (2, 12):  # torch 2.11 wants as many heads of keys as of queries
+        key_THK, value_THK = (x.repeat_interleave(groups, dim=1) for x in (key_THK, value_THK))
+    elif groups > 1:
+        options["enable_gqa"] = True
     out = varlen_attn(
         query_THK,
         key_THK,
@@ -153,7 +156,7 @@ def _torch_varlen(query_THK: Tensor, key_THK: Tensor, value_THK: Tensor, call: _
         call.max_seqlen,
         scale=call.scale,
         window_size=(left, 0 if call.causal else left),
-        enable_gqa=query_THK.shape[1] != key_THK.shape[1],
+        **options,
     )
     assert isinstance(out, Tensor)
     return out
