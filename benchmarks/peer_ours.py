@@ -3,6 +3,7 @@
 python benchmarks/peer_ours.py OUT RECIPE STEPS [key.sub=value ...]
 """
 
+import contextlib
 import sys
 
 from metering import moment, reset_peak, write_record
@@ -24,7 +25,7 @@ def main(out: str, recipe: str, steps: int, overrides: list[str]) -> None:
     settings = load_settings(recipe, [*overrides, f"optim.max_steps={steps}"])
     ranks = read_ranks()
     start_distributed(ranks)
-    run = set_up(settings, ranks, start_watch(ranks, settings.run.max_stall_seconds))
+    run = set_up(settings, ranks, start_watch(ranks, settings.run.max_stall_seconds), contextlib.ExitStack())
     limits = Limits.from_settings(settings.preprocess)
     losses: list[float] = []
     tokens: list[tuple[int, int]] = []

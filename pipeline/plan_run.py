@@ -158,7 +158,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
   python pipeline/plan_run.py --config recipes/bge_en_icl_public.yaml --estimate --query-tokens 500 --passage-tokens 180
 The store must exist (python pipeline/preprocess.py --config RECIPE), but for an estimate from stated lengths.""",
     )
-    parser.add_argument("--config", required=True, help="recipe YAML; settings.py documents every key")
+    parser.add_argument("--config", required=True, help="recipe YAML; pipeline/settings.py documents every key")
     parser.add_argument("--step", type=int, help="show this global step (0 is the first)")
     parser.add_argument("--query", type=int, help="show this query of the step (0 is the first), with its prompt")
     parser.add_argument("--world-size", type=int, help="deal the step to so many ranks (default 1)")

@@ -240,7 +240,7 @@ def load_settings(recipe: str | Path, overrides: Sequence[str] = ()) -> Settings
     """
     recipe = Path(recipe)
     if not recipe.is_file():
-        raise ValueError(f"--config {recipe}: no such file")
+        raise ValueError(f"--config {recipe}: no such file{' (it is a folder)' * recipe.is_dir()}")
     tree, settings = _read_tree(recipe), Settings()
     if "extends" in tree:
         base = _find_base(recipe, tree.pop("extends"))
@@ -519,6 +519,12 @@ def _require_positive(s: Settings) -> None:
     for name, value in positive.items():
         if not 0 < value < math.inf:  # false for NaN too
             raise ValueError(f"{name}={value} must be above 0 and finite")
+    if s.optim.lr > 1e38:
+        raise ValueError(f"optim.lr={s.optim.lr} is no number in fp32; 1e-4 is the paper's")
+    if s.run.seed >= 2**63:
+        raise ValueError(f"run.seed={s.run.seed} must be below 2**63")
+    if s.batch.mix_temperature > 10:
+        raise ValueError(f"batch.mix_temperature={s.batch.mix_temperature} must lie in 0..10 (1: by size, 0: alike)")
     not_negative = {
         "batch.examples.max_examples": s.batch.examples.max_examples,
         "batch.mix_temperature": s.batch.mix_temperature,

@@ -8,27 +8,24 @@ checkpoint.
 import argparse
 import contextlib
 import logging
-import os
 import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from pipeline.files import locked
 from pipeline.inference.saving import save_model
 from pipeline.runtime.engine import read_state, start_distributed, stop_distributed
-from pipeline.runtime.ranks import Ranks, read_ranks, share_cores, together
+from pipeline.runtime.ranks import Ranks, read_ranks, share_cores
 from pipeline.runtime.runlog import plot_losses, set_up_logging
 from pipeline.runtime.watch import (
-    LOST,
     NOT_FINITE,
     STOPPED,
     StopRequested,
+    end_alone,
     is_lost_peer,
     mark,
     start_watch,
     stop_watching_signals,
-    who_is_behind,
 )
 from pipeline.settings import load_settings
 from pipeline.training.run import Run, set_up
@@ -45,22 +42,17 @@ def train(run: Run) -> None:
         FloatingPointError: several steps in a row were not finite.
     """
     out, ranks = run.out, run.ranks
-    with contextlib.ExitStack() as held:
-        # One writer a run folder; the lock goes with this process, however it ends.
-        busy = f"another run writes to {out}; wait for it, or name another run.output_dir"
-        together(lambda: held.enter_context(locked(out / "lock", busy)) if ranks.is_first else None, ranks)
-        state = resume(run)
-        # The next step is planned and packed while this one computes.
-        loader = held.enter_context(ThreadPoolExecutor(1))
-        state = train_steps(run, state, loader)
-        mark(run.watch, "writing the model")
-        trainable = read_state(run.engine, moments=False)
-        if ranks.is_first:
-            save_model(out / "model", run.encoder, trainable, run.tokenizer, run.settings, run.store)
-            plot_losses(out / "metrics.jsonl", out / "loss.png")
-            tokens, without = f"{state.tokens_seen:,}", state.step - state.updates
-            log.info("done: %d steps (%d without an update), %s tokens", state.step, without, tokens)
-            log.info("model in %s", out / "model")
+    # The next step is planned and packed while this one computes.
+    with ThreadPoolExecutor(1) as loader:
+        state = train_steps(run, resume(run), loader)
+    mark(run.watch, "writing the model")
+    trainable = read_state(run.engine, moments=False)
+    if ranks.is_first:
+        save_model(out / "model", run.encoder, trainable, run.tokenizer, run.settings, run.store)
+        plot_losses(out / "metrics.jsonl", out / "loss.png")
+        tokens, without = f"{state.tokens_seen:,}", state.step - state.updates
+        log.info("done: %d steps (%d without an update), %s tokens", state.step, without, tokens)
+        log.info("model in %s", out / "model")
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -71,9 +63,12 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
   deepspeed --num_accelerators 2 pipeline/train.py --config examples/quickstart/recipe.yaml
   deepspeed --num_gpus 8 pipeline/train.py --config recipes/bge_en_icl_public.yaml run.chunk_tokens=32768
   python pipeline/train.py --config examples/quickstart/recipe.yaml run.deepspeed=ds_configs/zero1.json   (one process)
-The store must exist: python pipeline/preprocess.py --config RECIPE. What a step holds: pipeline/plan_run.py.""",
+The store must exist: python pipeline/preprocess.py --config RECIPE. What a step holds: pipeline/plan_run.py.
+exit codes: 0 done; 2 something to mend, said in one line; 75 stopped on request (SIGTERM, SIGUSR1, Ctrl-C, end of the
+  SLURM job) and saved; 76 a rank was lost or stood still; 77 losses or gradients are not finite. After 75 and 76 the
+  same command goes on.""",
     )
-    parser.add_argument("--config", required=True, help="recipe YAML; settings.py documents every key")
+    parser.add_argument("--config", required=True, help="recipe YAML; pipeline/settings.py documents every key")
     parser.add_argument("--local_rank", type=int, default=None, help="set by the deepspeed launcher")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that override the recipe's")
     return parser.parse_intermixed_args(argv)
@@ -93,7 +88,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         share_cores(ranks)
         start_distributed(ranks)
         watch = start_watch(ranks, settings.run.max_stall_seconds)
-        train(set_up(settings, ranks, watch))
+        with contextlib.ExitStack() as held:
+            train(set_up(settings, ranks, watch, held))
     except StopRequested as stop:
         log.info("stopped by %s; the same command goes on from there", stop)
         code = STOPPED
@@ -104,10 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except RuntimeError as error:
         if watch is None or not is_lost_peer(error, ranks):
             raise
-        where = f"{watch.place}; {who_is_behind(watch)}"
-        print(f"error: rank {ranks.rank} lost another rank at {where}; the same command goes on", file=sys.stderr)
-        print(f"[rank {ranks.rank}] what failed: {error}", file=sys.stderr, flush=True)
-        os._exit(LOST)  # the process group cannot be left in order any more
+        end_alone(error, ranks, watch)
     stop_distributed()
     return code
 

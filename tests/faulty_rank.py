@@ -2,6 +2,8 @@
 
 signal 1 2 SIGUSR1   rank 1 sends itself the signal in step 2, between two chunks
 stall 1 2            rank 1 sleeps at the beginning of step 2
+freeze 0 2           rank 0 stops as a whole there (SIGSTOP): not even its threads answer
+kill 1 2             rank 1 is killed in step 2, between two chunks
 nan 1 2              rank 1's trained weights are NaN from step 2 on
 raise 1 2            rank 1 fails in step 2 where chunks are encoded for the second time
 odd 1 0 batch.x=3    rank 1 is started with another setting
@@ -38,9 +40,11 @@ open_store, verify_shards, file_sha256, load_tokenizer = (
 def run_faulty_step(engine, inputs, settings, ranks, watch):
     global current, num_encoded, num_chunks
     current, num_encoded, num_chunks = inputs.plan.step, 0, inputs.num_chunks
-    if kind == "stall" and current == int(at):
+    if kind in ("stall", "freeze") and current == int(at):
         watch.max_stall_seconds = 4  # on all ranks: their start may take longer than a test should wait
-        if here:
+        if here and kind == "freeze":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        elif here:
             time.sleep(600)
     if kind == "nan" and here and current == int(at):
         for p in engine.parameters():
@@ -54,6 +58,8 @@ def encode_faulty(*arguments):
     num_encoded += 1
     if kind == "signal" and current == int(at) and num_encoded == 2:
         os.kill(os.getpid(), getattr(signal, rest[0]))
+    if kind == "kill" and current == int(at) and num_encoded == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
     if kind == "raise" and current == int(at) and num_encoded == num_chunks + 1:
         raise RuntimeError("this rank alone failed")
     return encode_chunk(*arguments)

@@ -1,13 +1,14 @@
 """Runs that are stopped, killed or broken: what they say, how they end, and that they go on to the same weights."""
 
 import json
+import signal
 import socket
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from launching import REPOSITORY, launch, require_success
+from launching import REPOSITORY, launch, launch_ranks, require_success
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
@@ -96,6 +97,35 @@ def test_a_rank_started_with_another_recipe_is_named(recipe, tmp_path, monkeypat
     assert result.returncode == 2 and not (tmp_path / "out").exists()
     assert "rank 1 on" in errors(result)[0]
     assert "setting batch.queries 24 where the other ranks have 12; start every rank with the same" in errors(result)[0]
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_a_rank_killed_inside_a_step_is_noticed_by_the_others(stage, recipe, tmp_path, monkeypatch):
+    """Without a launcher, which would answer for the run."""
+    monkeypatch.setenv("FAULT", "kill 1 2")
+    sharding = f"run.deepspeed={recipe.parent / f'zero{stage}.json'}"
+    arguments = ["--config", str(recipe), *COMMON, f"run.output_dir={tmp_path / 'out'}", sharding]
+    first, second = launch_ranks(FAULTY, arguments, 2)
+    _, said = first.communicate(timeout=120)
+    second.communicate(timeout=120)
+    assert (first.returncode, second.returncode) == (LOST, -signal.SIGKILL), said[-3000:]
+    assert "error: rank 0 lost another rank at step 2, forward pass" in said and "Traceback" not in said
+    seen = ("the others wait for rank 1, last seen at step 2, forward pass", "no rank is behind the others")
+    assert any(words in said for words in seen), "which of the two is a matter of moments"
+
+
+def test_a_first_rank_that_answers_nothing_ends_the_others(recipe, tmp_path, monkeypatch):
+    monkeypatch.setenv("FAULT", "freeze 0 2")
+    arguments = ["--config", str(recipe), *COMMON, f"run.output_dir={tmp_path / 'out'}"]
+    first, second = launch_ranks(FAULTY, arguments, 2)
+    try:
+        _, said = second.communicate(timeout=120)
+    finally:
+        first.kill()
+        first.communicate()
+    assert second.returncode == LOST
+    assert "error: rank 1 has stood at step 2, forward pass 1 over" in said
+    assert "the first rank does not answer: it has ended or stands still" in said
 
 
 def test_a_rank_that_fails_alone_between_two_passes_ends_the_run_with_its_traceback(recipe, tmp_path, monkeypatch):

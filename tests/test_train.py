@@ -25,12 +25,14 @@ from pipeline.model.encoder import choose_trained, load_encoder, trainable_param
 from pipeline.model.flop import Work, executed_flop
 from pipeline.model.shapes import read_shape
 from pipeline.preprocess import main as preprocess
-from pipeline.runtime.checkpoint import TrainState, find_checkpoint, save_checkpoint
+from pipeline.runtime.checkpoint import TrainState, find_checkpoint, require_same_run, save_checkpoint
+from pipeline.runtime.guards import fingerprint_base
 from pipeline.runtime.ranks import read_ranks
 from pipeline.runtime.runlog import require_tracker
 from pipeline.runtime.sharding_json import read_deepspeed_json, require_exact
 from pipeline.runtime.watch import NOT_FINITE
 from pipeline.settings import LoraSettings, OptimSettings, load_settings
+from pipeline.training.run import require_base
 from pipeline.training.steps import learning_rate
 
 TRAIN = REPOSITORY / "pipeline" / "train.py"
@@ -310,7 +312,6 @@ def one_error(result):
         ("run.chunk_tokens=10", "run.chunk_tokens=10 cannot hold one sequence"),
         ("preprocess.bucket_edges=[7]", "was made with other settings"),
         ("preprocess.max_query_tokens=40", "was made with other settings"),
-        ("loss.matryoshka_dims=[64]", "loss.matryoshka_dims=[64] must lie below the model's width, 64"),
     ],
 )
 def test_bad_input_is_one_clear_message(recipe, whole_run, tmp_path, override, message):
@@ -334,6 +335,81 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_the_batch_and_a_remedy(reci
     assert result.returncode == NOT_FINITE and "loss is nan at step 3 (dataset " in error and "lower optim.lr" in error
     taken = [json.loads(line)["skipped"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert taken == [False, True, True], "the third bad step in a row ends the run"
+
+
+def test_a_changed_base_model_or_state_is_noticed(whole_run, recipe, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(load_settings(recipe).model.name, base)
+    before = fingerprint_base(str(base))
+    checkpoint = whole_run[0] / "checkpoints" / "step-000006"
+    settings = load_settings(whole_run[0] / "settings.yaml")
+    saved = json.loads((checkpoint / "state.json").read_text())["inputs"]
+    assert saved["model.name"] == before
+    weights = load_file(base / "model.safetensors")
+    weights["layers.0.mlp.up_proj.weight"] *= 1.01
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    now = fingerprint_base(str(base))
+    require_same_run(checkpoint, settings, saved)
+    with pytest.raises(ValueError, match=r"trained on another model.name \(contents \w+, now \w+\); restore"):
+        require_same_run(checkpoint, settings, saved | {"model.name": now})
+
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(whole_run[0] / "checkpoints", folder)
+    state = folder / "step-000006" / "state.json"
+    state.write_text(state.read_text().replace('"step": 6', '"step": 1'))
+    assert find_checkpoint(folder) == folder / "step-000003"
+    state.write_text("[]")
+    assert find_checkpoint(folder) == folder / "step-000003"
+
+
+def test_damaged_or_foreign_models_are_named(whole_run, recipe, tmp_path):
+    settings = load_settings(recipe)
+    with pytest.raises(ValueError, match="is the model/ folder of a run, not a base model; .* set model.adapter="):
+        require_base(str(whole_run[0] / "model"))
+    require_base(settings.model.name)
+    for name, words in (
+        ("adapter_model.safetensors", "is damaged"),
+        ("markers.safetensors", "is damaged"),
+        ("adapter_config.json", "is damaged"),
+    ):
+        adapter = tmp_path / name
+        shutil.copytree(whole_run[0] / "model", adapter)
+        data = (adapter / name).read_bytes()
+        (adapter / name).write_bytes(data[: len(data) // 2])
+        tokens = read_manifest(Path(settings.data.store)).tokens
+        encoder = load_encoder(settings.model, tokens.marker_ids, tokens.marker_subtokens)
+        model = dataclasses.replace(settings.model, adapter=str(adapter))
+        with pytest.raises(ValueError, match=f"{adapter / name} {words}"):
+            choose_trained(encoder, model)
+        (adapter / "adapter_model.safetensors").unlink()
+        with pytest.raises(ValueError, match="adapter_model.safetensors is missing"):
+            choose_trained(load_encoder(settings.model, tokens.marker_ids, tokens.marker_subtokens), model)
+    base = tmp_path / "base"
+    shutil.copytree(settings.model.name, base)
+    data = (base / "model.safetensors").read_bytes()
+    (base / "model.safetensors").write_bytes(data[: len(data) // 2])
+    with pytest.raises(ValueError, match="model.name=.* cannot be loaded: "):
+        load_encoder(dataclasses.replace(settings.model, name=str(base)), (), ())
+
+
+@pytest.mark.parametrize(
+    "config, words",
+    [
+        ({"zero_optimisation": {"stage": 3}}, "'zero_optimisation' is not one of .*; did you mean zero_optimization"),
+        ({"zero_optimization": []}, "zero_optimization=.* must be an object"),
+        ({"zero_optimization": {"stage": None}}, "stage=None must be 0, 1, 2 or 3"),
+        ({"zero_optimization": {"stage": "three"}}, "stage='three' must be 0, 1, 2 or 3"),
+        ({"zero_optimization": {"stage": 3, "offload_optimizer": "cpu"}}, "offload_optimizer must be an object"),
+        ({"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}, "offload_param needs stage 3"),
+        ({"wall_clock_breakdown": "yes"}, "wall_clock_breakdown='yes' must be true or false"),
+        ({"zero_force_ds_cpu_optimizer": False}, "the recipe owns"),
+    ],
+)
+def test_what_deepspeed_would_pass_over_or_stumble_on_is_refused(config, words, tmp_path):
+    path = tmp_path / "zero.json"
+    path.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=words):
+        read_deepspeed_json(path)
 
 
 @pytest.mark.parametrize("stage", [1, 2])
@@ -363,10 +439,10 @@ def test_deepspeed_json_may_not_set_what_the_recipe_owns(tmp_path):
 
 def test_what_deepspeed_refuses_is_one_clear_message(recipe, tmp_path):
     wrong = tmp_path / "wrong.json"
-    wrong.write_text(json.dumps({"zero_optimization": {"stage": 7}}))
+    wrong.write_text(json.dumps({"zero_optimization": {"stage": 3, "reduce_bucket_sizes": 7}}))
     out = [f"run.deepspeed={wrong}", f"run.output_dir={tmp_path / 'out'}"]
     error = one_error(run_python(TRAIN, ["--config", str(recipe), *COMMON, *out]))
-    assert f"run.deepspeed={wrong} is refused by DeepSpeed: stage: Input should be" in error
+    assert f"run.deepspeed={wrong} is refused by DeepSpeed: reduce_bucket_sizes: Extra inputs are not" in error
 
 
 def test_other_data_is_refused_on_resume(recipe, whole_run, tmp_path):
@@ -379,7 +455,7 @@ def test_other_data_is_refused_on_resume(recipe, whole_run, tmp_path):
     where = [f"data.root={changed}", f"data.store={store}"]
     assert preprocess(["--config", str(recipe), *where]) == 0
     result = run_python(TRAIN, ["--config", str(recipe), *COMMON, f"run.output_dir={out}", *where])
-    assert "was trained on another token store" in one_error(result)
+    assert "was trained on another data.store (contents " in one_error(result)
 
 
 def test_batch_script_starts_one_world_from_slurm_variables(recipe, tmp_path):
@@ -425,7 +501,7 @@ def test_pruning_never_removes_the_newest_and_drops_damaged_later_ones(recipe, t
         (folder / name).mkdir(parents=True)
     trainable = {"w": {"weight": torch.zeros(2), "exp_avg": torch.zeros(2), "exp_avg_sq": torch.zeros(2)}}
     settings = load_settings(recipe)
-    save_checkpoint(folder, TrainState(step=150), trainable, settings, "hash", keep_last=1)
+    save_checkpoint(folder, TrainState(step=150), trainable, settings, {}, keep_last=1)
     assert [path.name for path in folder.iterdir()] == ["step-000150"]
     assert find_checkpoint(folder) == folder / "step-000150"
 

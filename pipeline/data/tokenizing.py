@@ -56,8 +56,9 @@ def load_tokenizer(name: str, template: Template) -> PromptTokenizer:
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"tokenizer {name!r} cannot be loaded: {reason}") from error
+        reason = str(error).strip().splitlines()[0].rstrip(":")
+        remedy = "name its folder or hub name in preprocess.tokenizer (default: model.name)"
+        raise ValueError(f"tokenizer {name!r} cannot be loaded: {reason}; {remedy}") from error
     if not tokenizer.is_fast:
         raise ValueError(f"tokenizer {name!r} has no fast version; convert it and save it with tokenizer.json")
     if tokenizer.eos_token is None:

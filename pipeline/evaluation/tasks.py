@@ -37,7 +37,7 @@ def load_task(folder: str | Path) -> RetrievalTask:
     """Read a task folder; ValueError names the file and line of what is wrong in it."""
     folder = Path(folder)
     if not folder.is_dir():
-        raise ValueError(f"--task {folder}: no such folder")
+        raise ValueError(f"task {folder}: no such folder")
     if not (folder / "task.json").is_file():
         raise ValueError(f"{folder} is not a task folder: task.json is missing")
     header = _read_header(folder / "task.json")

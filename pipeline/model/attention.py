@@ -141,7 +141,8 @@ def _torch_varlen(query_THK: Tensor, key_THK: Tensor, value_THK: Tensor, call: _
 
     assert not call.softcap, "_choose_kernel does not give a model with a soft cap to this kernel"
     left = -1 if call.window is None else call.window
-    groups, options = query_THK.shape[1] // key_THK.shape[1], {}
+    groups = query_THK.shape[1] // key_THK.shape[1]
+    options: dict[str, Any] = {}
     if groups > 1 and _torch_version() < (2, 12):  # torch 2.11 wants as many heads of keys as of queries
         key_THK, value_THK = (x.repeat_interleave(groups, dim=1) for x in (key_THK, value_THK))
     elif groups > 1:

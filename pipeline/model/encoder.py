@@ -3,6 +3,7 @@
 T packed tokens, S sequences, D width, M marker tokens.
 """
 
+import json
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from peft.utils import load_peft_weights
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PretrainedConfig
@@ -126,8 +128,9 @@ def load_encoder(
         decoder = AutoModel.from_pretrained(
             model.name, config=config, dtype=DTYPES[model.dtype], attn_implementation=attention
         )
-    except OSError as error:
-        raise ValueError(f"model.name={model.name!r} cannot be loaded: {str(error).splitlines()[0]}") from error
+    except (OSError, SafetensorError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"model.name={model.name!r} cannot be loaded: {reason}") from error
     decoder.requires_grad_(False)
     table: Any = decoder.get_input_embeddings()
     new = [i for i, subtokens in enumerate(marker_subtokens) if subtokens]
@@ -230,6 +233,7 @@ def continue_adapter(encoder: Encoder, folder: Path, model: ModelSettings) -> No
     """
     if not (folder / "adapter_config.json").is_file():
         raise ValueError(f"model.adapter={folder} holds no adapter_config.json; name a run's model/ folder, or PEFT's")
+    _require_adapter(folder)
     saved = LoraConfig.from_pretrained(str(folder))
     for name, wanted, found in (("rank", model.lora.rank, saved.r), ("alpha", model.lora.alpha, saved.lora_alpha)):
         if wanted != found:
@@ -253,6 +257,22 @@ def continue_adapter(encoder: Encoder, folder: Path, model: ModelSettings) -> No
         log.info("model.adapter %s has no %s: the template's markers start anew", folder, MARKERS_FILE)
 
 
+def _require_adapter(folder: Path) -> None:
+    """ValueError naming the file of an adapter's folder that is missing or damaged."""
+    config, weights, markers = (folder / n for n in ("adapter_config.json", "adapter_model.safetensors", MARKERS_FILE))
+    if not weights.is_file() and not weights.with_suffix(".bin").is_file():
+        raise ValueError(f"{weights} is missing; was the folder copied in part?")
+    for file in (config, weights, markers):
+        try:
+            if file == config:
+                json.loads(file.read_text(encoding="utf-8"))
+            elif file.is_file():
+                with safe_open(file, framework="pt"):
+                    pass
+        except (ValueError, SafetensorError) as error:
+            raise ValueError(f"{file} is damaged ({error}); copy it again") from error
+
+
 def load_markers(encoder: Encoder, folder: Path) -> None:
     """Marker rows of a saved `model/` folder, where the template has markers of its own."""
     markers = [module for module in encoder.modules() if isinstance(module, MarkerEmbedding)]
@@ -272,6 +292,7 @@ def load_adapter(encoder: Encoder, folder: Path) -> None:
     """Adapters of a saved `model/` folder onto a base encoder, for inference."""
     if not (folder / "adapter_config.json").is_file():
         raise ValueError(f"{folder} holds no adapter_config.json: not the model/ folder of a finished run")
+    _require_adapter(folder)
     encoder.decoder = PeftModel.from_pretrained(encoder.decoder, folder)
 
 

@@ -60,6 +60,8 @@ def _about_memory(case: Case) -> list[str]:
         remedy = "no run.chunk_tokens would do"
         if largest:
             remedy = f"lower run.chunk_tokens to {largest}"
+        if case.graphs > 1 and fits(replace(case, graphs=1)):
+            remedy = f"lower run.keep_graphs={case.graphs}: with 1 it fits"
         if not case.kernels.checkpointing and fits(other):
             remedy += ", or set model.activation_checkpointing=true, with which it fits"
         found.append(f"does not fit: {need:.1f} GiB of {capacity:.1f} usable; {remedy}")

@@ -44,7 +44,7 @@ def sampled_workload(store: TokenStore, schedule: Schedule, settings: Settings) 
         sequences=float(np.mean([len(length_S) for length_S in lengths])),
         largest=max(int(length_S.sum()) for length_S in lengths),
         most_sequences=max(len(length_S) for length_S in lengths),
-        longest=max(int(length_S.max()) for length_S in lengths),
+        longest=_longest(settings),
     )
     total = settings.optim.max_steps or math.ceil(settings.optim.epochs * per_epoch)
     return Workload(load, total, per_epoch, f"{len(steps)} of {per_epoch:,} steps of the store")
@@ -69,7 +69,7 @@ def stated_workload(settings: Settings, query_tokens: int, passage_tokens: int, 
         sequences=float(queries + passages),
         largest=tokens,
         most_sequences=queries + passages,
-        longest=max(longest_query, p.max_passage_tokens),
+        longest=_longest(settings),
     )
     return Workload(load, settings.optim.max_steps or steps, None, "stated means, no store")
 
@@ -77,6 +77,12 @@ def stated_workload(settings: Settings, query_tokens: int, passage_tokens: int, 
 def longest_sequence(p: PreprocessSettings, with_examples: bool) -> int:
     """Tokens of the longest query that the limits allow."""
     return p.max_prompt_tokens if with_examples else p.max_query_tokens
+
+
+def _longest(settings: Settings) -> int:
+    """Tokens of the longest sequence that may come, which every chunk must hold."""
+    p = settings.preprocess
+    return max(longest_sequence(p, settings.batch.examples.asked_for), p.max_passage_tokens)
 
 
 def make_case(settings: Settings, shape: ModelShape, sharding: Sharding, cluster: Cluster, load: Load) -> Case:

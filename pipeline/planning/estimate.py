@@ -109,7 +109,9 @@ class Memory:
 def plan_memory(case: Case) -> Memory:
     """Memory of the rank that works most: chunks as full as run.chunk_tokens and the largest step allow."""
     world = case.cluster.world_size
-    tokens = min(case.chunk_tokens, max(case.load.longest, math.ceil(case.load.largest / world)))
+    share = math.ceil(case.load.largest / world)
+    tokens = min(case.chunk_tokens, max(case.load.longest, share))
+    case = replace(case, graphs=min(case.graphs, math.ceil(share / case.chunk_tokens)))
     sequences = math.ceil(tokens * case.load.most_sequences / case.load.largest)
     return memory_of_chunk(case, tokens, sequences)
 

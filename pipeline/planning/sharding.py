@@ -41,8 +41,6 @@ def read_sharding(config: dict[str, Any]) -> Sharding:
         return (zero.get(key) or {}).get("device", "none") != "none"
 
     stage = number("stage", 0)
-    if stage not in range(4):
-        raise ValueError(f"run.deepspeed: zero_optimization.stage={stage} must be 0, 1, 2 or 3")
     return Sharding(
         stage=stage,
         overlap=bool(zero.get("overlap_comm", stage == 3)),

@@ -4,18 +4,20 @@ checkpoints/step-000012/
     weights.safetensors   trainable weights, fp32 masters
     moments.safetensors   both Adam moments, `<name>/exp_avg` and `<name>/exp_avg_sq`
     settings.yaml         the run's settings
-    state.json            TrainState, hash of the store's manifest, sha256 of the files above
+    state.json            TrainState, fingerprints of what the run reads (store, base weights), sha256 of all of it
 A folder is written under a temporary name, synced and renamed: one with the final name is complete. Dropout and plans
 are functions of (seed, step), so there is no random state to save.
 """
 
 import dataclasses
+import hashlib
 import json
 import logging
 import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -68,10 +70,13 @@ def save_checkpoint(
     state: TrainState,
     trainable: dict[str, dict[str, Tensor]],
     settings: Settings,
-    manifest_hash: str,
+    inputs: dict[str, str],
     keep_last: int,
 ) -> Path:
     """Write `folder`/step-XXXXXX atomically (first rank only) and remove all but the newest `keep_last`.
+
+    Args:
+        inputs: setting that names something the run reads -> fingerprint of that.
 
     Raises:
         OSError: it cannot be written; the checkpoints that were there are as they were.
@@ -81,7 +86,7 @@ def save_checkpoint(
     for leftover in folder.glob(".partial-*"):  # of a run that was killed while saving
         shutil.rmtree(leftover)
     try:
-        _write(partial, state, trainable, settings, manifest_hash)
+        _write(partial, state, trainable, settings, inputs)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         newest = max(_checkpoints(folder), key=_step_of, default=None)
@@ -106,15 +111,15 @@ def _write(
     state: TrainState,
     trainable: dict[str, dict[str, Tensor]],
     settings: Settings,
-    manifest_hash: str,
+    inputs: dict[str, str],
 ) -> None:
     partial.mkdir(parents=True)
     save_file({name: parts["weight"] for name, parts in trainable.items()}, partial / FILES[0])
     moments = {f"{name}/{key}": parts[key] for name, parts in trainable.items() for key in MOMENTS}
     save_file(moments, partial / FILES[1])
     (partial / FILES[2]).write_text(dump_settings(settings), encoding="utf-8")
-    record = {"state": dataclasses.asdict(state), "manifest_sha256": manifest_hash}
-    record["sha256"] = {name: file_sha256(partial / name) for name in FILES}
+    record: dict[str, Any] = {"state": dataclasses.asdict(state), "inputs": inputs}
+    record["sha256"] = {name: file_sha256(partial / name) for name in FILES} | {"this": _digest(record)}
     (partial / "state.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     for path in (*partial.iterdir(), partial):
         sync(path)
@@ -132,7 +137,9 @@ def find_checkpoint(folder: Path) -> Path | None:
         try:
             record = json.loads((candidate / "state.json").read_text(encoding="utf-8"))
             broken = [name for name in FILES if file_sha256(candidate / name) != record["sha256"][name]]
-        except (FileNotFoundError, ValueError, KeyError) as error:
+            if record["sha256"]["this"] != _digest(record):
+                broken.append("state.json")
+        except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
             broken = [f"state.json ({error})"]
         if not broken:
             return candidate
@@ -142,17 +149,17 @@ def find_checkpoint(folder: Path) -> Path | None:
     return None
 
 
-def load_checkpoint(
-    checkpoint: Path, settings: Settings, manifest_hash: str
-) -> tuple[TrainState, dict[str, dict[str, Tensor]]]:
-    """State, weights and moments of a checkpoint; ValueError if it belongs to other data or other settings."""
+def require_same_run(checkpoint: Path, settings: Settings, inputs: dict[str, str]) -> None:
+    """ValueError if a checkpoint belongs to other data, another base model or other settings."""
     record = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
     remedy = "use another run.output_dir to start a new run"
-    if record["manifest_sha256"] != manifest_hash:
-        raise ValueError(
-            f"{checkpoint} was trained on another token store (manifest {record['manifest_sha256'][:12]}, now "
-            f"{manifest_hash[:12]}); restore data.store, or {remedy}"
-        )
+    for name, now in inputs.items():
+        before = record["inputs"].get(name, "nothing")
+        if before != now:
+            raise ValueError(
+                f"{checkpoint} was trained on another {name} (contents {before[:12]}, now {now[:12]}); restore what "
+                f"was there, or {remedy}"
+            )
     saved = flatten(load_settings(checkpoint / "settings.yaml"))
     # Dropout draws go by chunk: with dropout another budget is another run.
     has_dropout = settings.model.trained == "lora" and settings.model.lora.dropout > 0
@@ -164,12 +171,23 @@ def load_checkpoint(
             )
     if record["state"].keys() != {f.name for f in dataclasses.fields(TrainState)}:
         raise ValueError(f"{checkpoint} was saved by another version of this code; go on with that one, or {remedy}")
+
+
+def load_checkpoint(checkpoint: Path) -> tuple[TrainState, dict[str, dict[str, Tensor]]]:
+    """State, weights and moments of a checkpoint."""
+    record = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
     weights, moments = load_file(checkpoint / FILES[0]), load_file(checkpoint / FILES[1])
     trainable = {
         name: {"weight": weight} | {key: moments[f"{name}/{key}"] for key in MOMENTS}
         for name, weight in weights.items()
     }
     return TrainState(**record["state"]), trainable
+
+
+def _digest(record: dict[str, Any]) -> str:
+    """Of state.json itself, its checksums aside."""
+    text = json.dumps({name: record[name] for name in ("state", "inputs")}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _checkpoints(folder: Path) -> list[Path]:

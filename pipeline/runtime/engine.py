@@ -7,8 +7,6 @@ The JSON owns sharding, offload and communication; the recipe owns batch, precis
 import contextlib
 import functools
 import os
-import sys
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +20,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from pipeline.model.encoder import trainable_parameters
 from pipeline.runtime.ranks import Ranks
 from pipeline.runtime.sharding_json import read_deepspeed_json, zero_stage
-from pipeline.runtime.watch import StopRequested
+from pipeline.runtime.watch import StopRequested, Watch, end_alone
 from pipeline.settings import OptimSettings
 
 # DeepSpeed reads this when it is imported; without it, it looks for a GPU and warns on machines that have none.
@@ -141,7 +139,7 @@ Backward = Callable[[Tensor, Tensor, bool], None]
 
 
 @contextlib.contextmanager
-def one_reduction(engine: deepspeed.DeepSpeedEngine) -> Iterator[Backward]:
+def one_reduction(engine: deepspeed.DeepSpeedEngine, ranks: Ranks, watch: Watch | None = None) -> Iterator[Backward]:
     """Gives `backward(embeddings_SD, gradient_SD, last)`; gradients are reduced over the ranks once, at the end.
 
     ZeRO 1-3 take a gradient for a non-scalar output. ZeRO 0 refuses that, so it gets the scalar whose gradient is the
@@ -161,13 +159,11 @@ def one_reduction(engine: deepspeed.DeepSpeedEngine) -> Iterator[Backward]:
             yield backward
         except StopRequested:
             raise  # on every rank at once
-        except BaseException:
-            if torch.distributed.get_world_size() == 1:
+        except BaseException as error:
+            if ranks.world_size == 1:
                 raise
-            # Leaving would reduce gradients with ranks that still compute: all would hang, and this error be lost.
-            traceback.print_exc()
-            sys.stderr.flush()
-            os._exit(1)
+            # Leaving would reduce gradients with ranks that still compute, or are gone.
+            end_alone(error, ranks, watch)
 
 
 def _backward_plain(embeddings_SD: Tensor, gradient_SD: Tensor, last: bool) -> None:

@@ -20,6 +20,8 @@ import torch.distributed as dist
 from pipeline.datatypes import BatchPlan
 from pipeline.runtime.ranks import Ranks
 
+SAMPLES, SAMPLE_BYTES = 1024, 4096  # of a weight file: one every 5 MB of a file of 5 GB
+
 
 def require_alike(facts: Mapping[str, str], ranks: Ranks) -> None:
     """ValueError, naming the odd ranks, unless every rank has the same value of every fact (code, settings, data)."""
@@ -70,3 +72,26 @@ def code_versions() -> dict[str, str]:
 def digest_plan(plan: BatchPlan) -> str:
     """One hash over everything that a plan says."""
     return hashlib.sha256(repr([getattr(plan, f.name) for f in dataclasses.fields(plan)]).encode()).hexdigest()[:16]
+
+
+def fingerprint_base(name: str) -> str:
+    """Of a base model: the commit of a hub name; of a folder, sizes and samples of its weight files, which cost no time
+    and change with any retraining, merge or conversion (a single changed number may go unseen).
+    """
+    folder = Path(name)
+    if not folder.is_dir():
+        from transformers.utils import cached_file
+
+        try:
+            return Path(str(cached_file(name, "config.json"))).parent.name  # the snapshot's folder
+        except OSError as error:
+            raise ValueError(f"model.name={name!r} cannot be loaded: {str(error).splitlines()[0]}") from error
+    digest = hashlib.sha256()
+    for file in sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin")):
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size}".encode())
+        with file.open("rb") as opened:
+            for i in range(SAMPLES):
+                opened.seek(size * i // SAMPLES)
+                digest.update(opened.read(SAMPLE_BYTES))
+    return digest.hexdigest()

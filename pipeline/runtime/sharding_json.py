@@ -4,6 +4,7 @@ The JSON owns sharding, offload and communication; the recipe owns batch, precis
 that sets what the recipe owns is an error.
 """
 
+import difflib
 import json
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,20 @@ RECIPE_OWNED = {
     "data_types": "model.dtype",
     "activation_checkpointing": "model.activation_checkpointing",
     "steps_per_print": "the step line",
+    "zero_allow_untested_optimizer": "the optimizer is always torch's AdamW",
+    "zero_force_ds_cpu_optimizer": "the optimizer is always torch's AdamW",
 }
+# What is left to the JSON. A key that is none of DeepSpeed's would be passed over in silence.
+KNOWN = (
+    "zero_optimization",
+    "communication_data_type",
+    "comms_logger",
+    "aio",
+    "flops_profiler",
+    "wall_clock_breakdown",
+    "memory_breakdown",
+    "dump_state",
+)
 
 
 def read_deepspeed_json(path: str | Path) -> dict[str, Any]:
@@ -36,12 +50,37 @@ def read_deepspeed_json(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"run.deepspeed={path} is not valid JSON: {error}") from error
     if not isinstance(config, dict):
         raise ValueError(f"run.deepspeed={path} must hold a JSON object, not {type(config).__name__}")
-    for key in RECIPE_OWNED:
-        if key in config:
+    for key in config:
+        if key in RECIPE_OWNED:
             raise ValueError(
                 f"{path} sets {key!r}, which the recipe owns ({RECIPE_OWNED[key]}); remove it from the JSON"
             )
+        if key not in KNOWN:
+            near = difflib.get_close_matches(key, KNOWN, 1)
+            raise ValueError(
+                f"run.deepspeed={path}: {key!r} is not one of {', '.join(KNOWN)}"
+                f"{f'; did you mean {near[0]}?' if near else ''}"
+            )
+    _require_shapes(path, config)
     return config
+
+
+def _require_shapes(path: Path, config: dict[str, Any]) -> None:
+    """ValueError for values that could not even be looked at; DeepSpeed checks the rest of zero_optimization."""
+    for key in ("wall_clock_breakdown", "memory_breakdown", "dump_state"):
+        if not isinstance(config.get(key, False), bool):
+            raise ValueError(f"run.deepspeed={path}: {key}={config[key]!r} must be true or false")
+    zero = config.get("zero_optimization", {})
+    if not isinstance(zero, dict):
+        raise ValueError(f"run.deepspeed={path}: zero_optimization={zero!r} must be an object")
+    stage = zero.get("stage", 0)
+    if isinstance(stage, bool) or stage not in (0, 1, 2, 3):
+        raise ValueError(f"run.deepspeed={path}: zero_optimization.stage={stage!r} must be 0, 1, 2 or 3")
+    for key in ("offload_optimizer", "offload_param"):
+        if not isinstance(zero.get(key) or {}, dict):
+            raise ValueError(f'run.deepspeed={path}: zero_optimization.{key} must be an object, {{"device": "cpu"}}')
+    if stage < 3 and (zero.get("offload_param") or {}).get("device", "none") != "none":
+        raise ValueError(f"run.deepspeed={path}: offload_param needs stage 3, not {stage}; remove it")
 
 
 def zero_stage(config: dict[str, Any]) -> int:

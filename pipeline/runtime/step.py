@@ -143,7 +143,7 @@ def run_step(
         return total, gradients
 
     assert settings.run.keep_graphs == 1 or engine.zero_optimization_stage() < 3, "require_exact comes first"
-    with one_reduction(engine) as backward:
+    with one_reduction(engine, ranks, watch) as backward:
         result = two_pass_step(
             inputs.chunks,
             [chunk_seed(settings.run.seed, plan.step, ranks.rank, i) for i in range(len(inputs.chunks))],
@@ -184,7 +184,7 @@ def make_optimizer_state(engine: Any, ranks: Ranks) -> None:
     """One optimizer step that changes nothing to keep: it makes the moments exist, so that they can be set."""
     one_token = np.zeros(1, dtype=np.int64)
     dummy = PackedChunk(one_token, one_token, np.array([0, 1], dtype=np.int32), one_token - 1, 1)
-    with one_reduction(engine) as backward:
+    with one_reduction(engine, ranks) as backward:
         embeddings_SD = encode_chunk(engine, dummy, ranks.device)
         backward(embeddings_SD, torch.zeros_like(embeddings_SD), True)
     take_step(engine, 0.0)

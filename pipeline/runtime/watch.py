@@ -6,15 +6,17 @@ left. A thread beside each rank ends the process where it has stood still for to
 for: a hung job costs as much as a running one.
 """
 
+import contextlib
 import faulthandler
 import os
 import signal
 import sys
 import threading
 import time
+import traceback
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -119,17 +121,42 @@ def _look_out(watch: Watch) -> None:
 
 def who_is_behind(watch: Watch) -> str:
     """The ranks that others wait for, and where they were seen last; read from the board."""
-    try:
-        found = [watch.board.get(f"rank {rank}").decode() for rank in range(watch.ranks.world_size)]
-    except (dist.DistError, RuntimeError):
+    found: list[str] = []
+
+    def read() -> None:
+        with contextlib.suppress(dist.DistError, RuntimeError):
+            found.extend([watch.board.get(f"rank {rank}").decode() for rank in range(watch.ranks.world_size)])
+
+    # The store's own timeout does not help against a first rank that is there and does nothing.
+    reader = threading.Thread(target=read, daemon=True)
+    reader.start()
+    reader.join(2 * _BOARD_PATIENCE.total_seconds())
+    if not found:
         return "the first rank does not answer: it has ended or stands still"
     numbers = [int(text.partition("|")[0]) for text in found]
     places = [text.partition("|")[2] for text in found]
     behind = [rank for rank, number in enumerate(numbers) if number < max(numbers)]
     if not behind:
-        return "no rank is behind the others: see where the stack of each one stands"
+        return "no rank is behind the others"
     shown = "; ".join(f"rank {rank}, last seen at {places[rank]}" for rank in behind[:8])
     return f"the others wait for {shown}" + (f" and {len(behind) - 8} more" if len(behind) > 8 else "")
+
+
+def end_alone(error: BaseException, ranks: Ranks, watch: Watch | None) -> NoReturn:
+    """End this process at once, with what it can say of an error that is no other rank's: a lost rank, or its own.
+
+    Leaving in order is not possible: it would talk to ranks that are gone, or wait inside a collective for this one.
+    """
+    code = 1
+    if is_lost_peer(error, ranks):
+        where = f" at {watch.place}; {who_is_behind(watch)}" if watch else ""
+        print(f"error: rank {ranks.rank} lost another rank{where}; the same command goes on", file=sys.stderr)
+        print(f"[rank {ranks.rank}] what failed: {error}", file=sys.stderr)
+        code = LOST
+    else:
+        traceback.print_exception(error)
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def is_lost_peer(error: BaseException, ranks: Ranks) -> bool:

@@ -1,5 +1,6 @@
 """One rank's run before its first step: data, model and engine, each refused early where it cannot be right."""
 
+import contextlib
 import importlib.util
 import json
 import logging
@@ -14,14 +15,16 @@ from pipeline.data.sampling import Schedule, check_world_size, make_schedule, pl
 from pipeline.data.store import TokenStore, open_store, require_match, verify_shards
 from pipeline.data.tokenizing import PromptTokenizer, load_tokenizer
 from pipeline.evaluation.tasks import RetrievalTask, load_task
-from pipeline.files import file_sha256
+from pipeline.files import file_sha256, locked
+from pipeline.inference.description import DESCRIPTION_FILE
 from pipeline.model.encoder import Encoder, choose_trained, load_encoder, require_rows
 from pipeline.model.loss import require_dims
 from pipeline.model.shapes import ModelShape, read_shape
 from pipeline.prompts import get_template
+from pipeline.runtime.checkpoint import find_checkpoint, require_same_run
 from pipeline.runtime.engine import build_engine, gathered, sharded_loading
-from pipeline.runtime.guards import code_versions, digest_plan, require_alike
-from pipeline.runtime.ranks import Ranks, together
+from pipeline.runtime.guards import code_versions, digest_plan, fingerprint_base, require_alike
+from pipeline.runtime.ranks import Ranks, from_first, together
 from pipeline.runtime.runlog import require_tracker
 from pipeline.runtime.sharding_json import read_deepspeed_json, require_exact
 from pipeline.runtime.watch import Watch, mark
@@ -39,7 +42,8 @@ class Run:
     ranks: Ranks
     watch: Watch
     store: TokenStore
-    manifest_hash: str
+    inputs: dict[str, str]  # setting that names something the run reads -> fingerprint of that
+    checkpoint: Path | None  # to go on from
     schedule: Schedule
     tokenizer: PromptTokenizer
     tasks: tuple[RetrievalTask, ...]  # to evaluate on
@@ -49,8 +53,8 @@ class Run:
     shape: ModelShape | None  # None: its arithmetic cannot be counted
 
 
-def set_up(settings: Settings, ranks: Ranks, watch: Watch) -> Run:
-    """Data, model and engine of one rank; ValueErrors for what a user can mend."""
+def set_up(settings: Settings, ranks: Ranks, watch: Watch, held: contextlib.ExitStack) -> Run:
+    """Data, model and engine of one rank; ValueErrors for what a user can mend. `held` keeps the run folder's lock."""
     out = Path(settings.run.output_dir)
     if out.exists() and not out.is_dir():
         raise ValueError(f"run.output_dir={out} is a file; name a folder")
@@ -60,6 +64,7 @@ def set_up(settings: Settings, ranks: Ranks, watch: Watch) -> Run:
     require_alike({"the DeepSpeed JSON": sharding}, ranks)
     require_exact(settings.run.deepspeed, settings.run.keep_graphs)
     together(lambda: require_tracker(settings.run.tracker), ranks)
+    together(lambda: require_base(settings.model.name), ranks)
     tasks = together(lambda: load_tasks(settings.evaluation), ranks)
 
     # Data: refuse a store that this recipe did not make, or that is damaged (each rank reads its share of the shards).
@@ -68,14 +73,27 @@ def set_up(settings: Settings, ranks: Ranks, watch: Watch) -> Run:
     together(lambda: verify_shards(settings.data.store, ranks.rank, ranks.world_size), ranks)
     template = get_template(settings.preprocess.template)
     tokenizer = together(lambda: load_tokenizer(settings.tokenizer_name, template), ranks)
-    manifest_hash = file_sha256(Path(settings.data.store) / "manifest.json")
-    require_alike({"token store": manifest_hash, "tokenizer": tokenizer.fingerprint}, ranks)
+    inputs = {"data.store": file_sha256(Path(settings.data.store) / "manifest.json")}
+    inputs["model.name"] = together(lambda: fingerprint_base(settings.model.name), ranks)
+    seen = {"token store": inputs["data.store"], "tokenizer": tokenizer.fingerprint, "base": inputs["model.name"]}
+    require_alike(seen, ranks)
     require_match(store, settings, tokenizer.fingerprint)
     schedule = make_schedule(store, settings)
     check_world_size(schedule, ranks.world_size)
     require_alike({"first plan": digest_plan(plan_step(store, schedule, 0))}, ranks)
     total_steps = settings.optim.max_steps or math.ceil(settings.optim.epochs * schedule.steps_per_epoch)
     log.info("store %s: %d datasets, %d steps", settings.data.store, len(store.datasets), total_steps)
+
+    # One writer a run folder, and the checkpoint to go on from; the lock goes with this process, however it ends.
+    mark(watch, "the search for a checkpoint")
+    busy = f"another run writes to {out}; wait for it, or name another run.output_dir"
+    together(lambda: held.enter_context(locked(out / "lock", busy)) if ranks.is_first else None, ranks)
+    found = together(lambda: find_checkpoint(out / "checkpoints") if ranks.is_first else None, ranks)
+    checkpoint = from_first(found, ranks)
+    if checkpoint is not None:
+        together(lambda: require_same_run(checkpoint, settings, inputs), ranks)
+
+    warn_of_odd_sizes(settings, schedule, total_steps)
 
     # Model: the frozen base, what trains (the same on every rank), and the engine around them.
     mark(watch, "the loading of the model")
@@ -95,7 +113,8 @@ def set_up(settings: Settings, ranks: Ranks, watch: Watch) -> Run:
         ranks=ranks,
         watch=watch,
         store=store,
-        manifest_hash=manifest_hash,
+        inputs=inputs,
+        checkpoint=checkpoint,
         schedule=schedule,
         tokenizer=tokenizer,
         tasks=tasks,
@@ -113,6 +132,29 @@ def countable_shape(model: ModelSettings) -> ModelShape | None:
     except ValueError as error:
         log.info("no FLOP in the metrics: %s", error)
         return None
+
+
+def require_base(name: str) -> None:
+    """ValueError for a run's own model/ folder: its marker rows are no rows of the table, and would be lost."""
+    if (Path(name) / DESCRIPTION_FILE).is_file():
+        raise ValueError(
+            f"model.name={name} is the model/ folder of a run, not a base model; to go on from its adapter set "
+            f"model.adapter={name} and model.name to its base (a run with model.trained=full cannot be gone on from)"
+        )
+
+
+def warn_of_odd_sizes(settings: Settings, schedule: Schedule, total_steps: int) -> None:
+    """Settings that are allowed and do less than they say."""
+    if settings.optim.warmup_steps >= total_steps:
+        log.warning(
+            "optim.warmup_steps=%d, but the run has %d steps: optim.lr is never reached",
+            settings.optim.warmup_steps,
+            total_steps,
+        )
+    for dataset in schedule.datasets:
+        if dataset.num_queries < dataset.layout.batch_size:
+            asked, rows = dataset.layout.batch_size, dataset.num_queries
+            log.warning("dataset %s has %d rows, less than the batch of %d queries", dataset.name, rows, asked)
 
 
 def load_tasks(evaluation: EvaluationSettings) -> tuple[RetrievalTask, ...]:

@@ -17,10 +17,10 @@ from pipeline.data.composing import Limits
 from pipeline.data.sampling import plan_step
 from pipeline.files import write_text
 from pipeline.model.flop import StepFlop, Work, executed_flop, model_flop
-from pipeline.runtime.checkpoint import TrainState, find_checkpoint, load_checkpoint, save_checkpoint
+from pipeline.runtime.checkpoint import TrainState, load_checkpoint, save_checkpoint
 from pipeline.runtime.engine import discard_gradients, read_state, take_step, write_state
 from pipeline.runtime.guards import is_spike, too_late
-from pipeline.runtime.ranks import from_first, together
+from pipeline.runtime.ranks import together
 from pipeline.runtime.runlog import append_metrics, open_tracker, start_metrics, step_line, step_metrics
 from pipeline.runtime.step import StepInputs, StepResult, make_optimizer_state, prepare_step, run_step
 from pipeline.runtime.watch import StopRequested, mark
@@ -32,18 +32,17 @@ log = logging.getLogger("train")
 
 STOPPED_AT = "stopped_at"  # in the run folder: the steps done by a run that was asked to stop
 MAX_BAD_STEPS = 3
+NEVER_MOVED = "no step has moved the weights yet: look for NaN in model.name or model.adapter, and at the rows"
 REMEDY = "lower optim.lr or lengthen optim.warmup_steps, and look at the rows with pipeline/plan_run.py --step"
 
 
 def resume(run: Run) -> TrainState:
-    """Where the run stands: nothing to ask for, the newest complete checkpoint is taken."""
-    mark(run.watch, "the search for a checkpoint")
-    out, ranks = run.out, run.ranks
+    """Where the run stands: at its newest complete checkpoint, if it has one."""
+    mark(run.watch, "the loading of the checkpoint")
+    out, ranks, checkpoint = run.out, run.ranks, run.checkpoint
     state = TrainState(seed=run.settings.run.seed)
-    found = together(lambda: find_checkpoint(out / "checkpoints") if ranks.is_first else None, ranks)
-    checkpoint = from_first(found, ranks)
     if checkpoint is not None:
-        state, trainable = together(lambda: load_checkpoint(checkpoint, run.settings, run.manifest_hash), ranks)
+        state, trainable = together(lambda: load_checkpoint(checkpoint), ranks)
         make_optimizer_state(run.engine, ranks)
         write_state(run.engine, trainable, state.updates, ranks)
         log.info("resumed from %s: %d steps are done", checkpoint, state.step)
@@ -100,7 +99,8 @@ def train_steps(run: Run, state: TrainState, loader: Executor) -> TrainState:
             discard_gradients(run.engine)
             fault = f"loss is {result.loss} at {where}, not finite: {result.fault or 'the loss alone'}"
             if bad_in_a_row == MAX_BAD_STEPS:
-                raise FloatingPointError(f"{fault}; {bad_in_a_row} steps in a row were like that; {REMEDY}")
+                remedy = REMEDY if state.updates else NEVER_MOVED
+                raise FloatingPointError(f"{fault}; {bad_in_a_row} steps in a row were like that; {remedy}")
             if ranks.is_first:
                 log.warning("%s; no rank takes this step", fault)
         else:
@@ -134,7 +134,9 @@ def train_steps(run: Run, state: TrainState, loader: Executor) -> TrainState:
         if is_due(run, state.step):
             evaluate_seconds = evaluate(run, state)
     if not state.updates:
-        raise FloatingPointError(f"none of {state.step} steps moved the weights: there is no model to save; {REMEDY}")
+        raise FloatingPointError(
+            f"none of {state.step} steps moved the weights: there is no model to save; {NEVER_MOVED}"
+        )
     return state
 
 
@@ -175,7 +177,7 @@ def save(run: Run, state: TrainState) -> float:
         if not run.ranks.is_first:
             return None
         folder, keep_last = run.out / "checkpoints", run.settings.run.keep_last
-        return save_checkpoint(folder, state, trainable, run.settings, run.manifest_hash, keep_last)
+        return save_checkpoint(folder, state, trainable, run.settings, run.inputs, keep_last)
 
     log.info("saved %s", together(write, run.ranks))
     return time.perf_counter() - started
