@@ -15,14 +15,13 @@ from concurrent.futures import ThreadPoolExecutor
 
 from pipeline.inference.saving import save_model
 from pipeline.runtime.engine import read_state, start_distributed, stop_distributed
-from pipeline.runtime.ranks import Ranks, read_ranks, share_cores
+from pipeline.runtime.ranks import Ranks, read_ranks, share_cores, together
 from pipeline.runtime.runlog import plot_losses, set_up_logging
 from pipeline.runtime.watch import (
     NOT_FINITE,
     STOPPED,
     StopRequested,
     end_alone,
-    is_lost_peer,
     mark,
     start_watch,
     stop_watching_signals,
@@ -47,9 +46,13 @@ def train(run: Run) -> None:
         state = train_steps(run, resume(run), loader)
     mark(run.watch, "writing the model")
     trainable = read_state(run.engine, moments=False)
-    if ranks.is_first:
+
+    def write() -> None:
         save_model(out / "model", run.encoder, trainable, run.tokenizer, run.settings, run.store)
         plot_losses(out / "metrics.jsonl", out / "loss.png")
+
+    together(lambda: write() if ranks.is_first else None, ranks)
+    if ranks.is_first:
         tokens, without = f"{state.tokens_seen:,}", state.step - state.updates
         log.info("done: %d steps (%d without an update), %s tokens", state.step, without, tokens)
         log.info("model in %s", out / "model")
@@ -86,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         settings = load_settings(arguments.config, arguments.overrides)
         share_cores(ranks)
-        start_distributed(ranks)
+        start_distributed(ranks, settings.run.max_stall_seconds)
         watch = start_watch(ranks, settings.run.max_stall_seconds)
         with contextlib.ExitStack() as held:
             train(set_up(settings, ranks, watch, held))
@@ -97,9 +100,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = report(error, ranks, NOT_FINITE)
     except (ValueError, OSError) as error:
         return report(error, ranks, 2)
-    except RuntimeError as error:
-        if watch is None or not is_lost_peer(error, ranks):
+    except Exception as error:
+        if watch is None or ranks.world_size == 1:
             raise
+        # Leaving in order would wait for the others, who wait for this rank, or are gone.
         end_alone(error, ranks, watch)
     stop_distributed()
     return code

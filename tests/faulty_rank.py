@@ -1,6 +1,7 @@
 """pipeline/train.py with a fault in one rank, told by the variable FAULT: `KIND RANK STEP [argument]`.
 
 signal 1 2 SIGUSR1   rank 1 sends itself the signal in step 2, between two chunks
+evaluating 1 4       rank 1 sends itself SIGUSR1 in the evaluation after 4 steps
 stall 1 2            rank 1 sleeps at the beginning of step 2
 freeze 0 2           rank 0 stops as a whole there (SIGSTOP): not even its threads answer
 kill 1 2             rank 1 is killed in step 2, between two chunks
@@ -23,12 +24,12 @@ from pathlib import Path
 
 from pipeline import train
 from pipeline.runtime import checkpoint, step
-from pipeline.training import run, steps
+from pipeline.training import evaluating, run, steps
 
 kind, rank, at, *rest = os.environ["FAULT"].split()
 here = os.environ.get("RANK", "0") == rank
 encode_chunk, save_checkpoint, sync = step.encode_chunk, checkpoint.save_checkpoint, checkpoint.sync
-run_step, num_encoded, num_chunks, current = steps.run_step, 0, 0, -1
+pass_boundary, run_step, num_encoded, num_chunks, current = evaluating.pass_boundary, steps.run_step, 0, 0, -1
 open_store, verify_shards, file_sha256, load_tokenizer = (
     run.open_store,
     run.verify_shards,
@@ -65,6 +66,12 @@ def encode_faulty(*arguments):
     return encode_chunk(*arguments)
 
 
+def pass_faulty(watch, place):
+    if kind == "evaluating" and place == f"an evaluation after {at} steps":
+        watch.asked = "SIGUSR1 on this rank"
+    return pass_boundary(watch, place)
+
+
 def save_faulty(folder, state, *arguments):
     if state.step == int(at):
         if kind == "full":
@@ -78,6 +85,7 @@ if __name__ == "__main__":
     steps.run_step = run_faulty_step
     if here:
         step.encode_chunk, steps.save_checkpoint = encode_faulty, save_faulty
+        evaluating.pass_boundary = pass_faulty
         if kind == "odd":
             sys.argv += rest
         if kind == "store":

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.attention.varlen
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AutoModel,
@@ -19,6 +20,7 @@ from transformers import (
     Qwen3Config,
 )
 
+from pipeline.model import attention
 from pipeline.model.encoder import MarkerEmbedding, add_lora, load_encoder, require_rows, trainable_parameters
 from pipeline.settings import LoraSettings, ModelSettings
 
@@ -57,6 +59,26 @@ def pack(lengths):
 
 def trained_gradients(encoder):
     return {name: p.grad.clone() for name, p in trainable_parameters(encoder).items()}
+
+
+@pytest.mark.parametrize("version", [(2, 11), (2, 12)])
+def test_torchs_varlen_attention_gets_heads_as_its_version_wants_them(version, monkeypatch):
+    """The kernel itself needs a GPU: here a stand-in with the same signature, whose truth is one call a sequence."""
+
+    def varlen_attn(query, key, value, ends, ends_of_keys, longest, longest_key, *, scale, window_size, **options):
+        assert options == ({"enable_gqa": True} if version >= (2, 12) else {})
+        assert key.shape[1] == (2 if version >= (2, 12) else 6) and window_size == (-1, 0)
+        groups = 6 // key.shape[1]
+        key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+        return attention._sdpa(query, key, value, attention._Call(ends, longest, scale, True, None, None))
+
+    monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", varlen_attn)
+    monkeypatch.setattr(attention, "_torch_version", lambda: version)
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(sum(LENGTHS), heads, 8) for heads in (6, 2, 2))
+    call = attention._Call(pack(LENGTHS)[1], max(LENGTHS), 0.3, True, None, None)
+    got, wanted = (attend(query, key, value, call) for attend in (attention._torch_varlen, attention._sdpa))
+    torch.testing.assert_close(got, wanted)
 
 
 @pytest.mark.parametrize("pooling", ["last", "mean"])
@@ -126,9 +148,9 @@ def test_bidirectional_sees_later_tokens_and_causal_does_not(tmp_path):
     ids_T = torch.arange(6)
     changed_T = ids_T.clone()
     changed_T[-1] = 50
-    for attention, same in (("causal", True), ("bidirectional", False)):
+    for direction, same in (("causal", True), ("bidirectional", False)):
         settings = ModelSettings(
-            name=name, dtype="fp32", attention=attention, pooling="mean"
+            name=name, dtype="fp32", attention=direction, pooling="mean"
         )  # gives every token's row
         encoder = load_encoder(settings, (), ())
         inputs = {"position_ids": positions_T[None], "cu_seq_lens_q": cu_seqlens, "max_length_q": 6, "use_cache": False}

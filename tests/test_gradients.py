@@ -132,6 +132,17 @@ def test_bf16_gradients_of_many_chunks_are_summed_in_fp32():
     assert parameter.grad.tolist() == [400.0, 400.0]
 
 
+def test_a_step_that_is_not_taken_leaves_no_trace_in_bf16(recipe, tmp_path):
+    """bf16 gradients of chunks are summed outside of DeepSpeed; fp32 is part of the next test."""
+    out, stages = tmp_path / "engine.safetensors", "0,1,3,0bad,1bad,3bad"
+    require_success(launch(WORKER, ["steps", str(recipe), str(out), stages, "model.dtype=bf16"], 2))
+    weights = load_file(out)
+    bad = [key for key in weights if "bad|" in key]
+    assert len(bad) == len(weights) / 2 > 10
+    for key in bad:
+        assert torch.equal(weights[key], weights[key.replace("bad|", "|")]), key
+
+
 def test_optimizer_steps_equal_plain_adamw(recipe, tmp_path):
     """Learning rate, clipping and weight decay reach the optimizer under every stage."""
     out, truth = tmp_path / "engine.safetensors", tmp_path / "plain.safetensors"

@@ -15,6 +15,7 @@ from deepspeed.runtime.zero.linear import zero3_linear_wrap
 from fake_store import make_settings, make_store, plain_rows
 from live_tensors import FusedAttention, measure_passes
 from test_encoder import FAMILIES, make_model
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import Gemma3TextConfig, LlamaConfig, Qwen2Config, Qwen3Config
 
 from pipeline import plan_run
@@ -22,8 +23,8 @@ from pipeline.data.composing import plan_lengths
 from pipeline.data.packing import deal
 from pipeline.data.sampling import make_schedule, plan_step
 from pipeline.model import attention
-from pipeline.model.encoder import add_lora, load_encoder
-from pipeline.model.flop import executed_flop, forward_flop, model_flop, peak_flops
+from pipeline.model.encoder import add_lora, choose_trained, load_encoder
+from pipeline.model.flop import Work, executed_flop, forward_flop, model_flop, peak_flops
 from pipeline.model.shapes import ModelShape, read_shape
 from pipeline.planning.activations import Kernels, chunk_memory
 from pipeline.planning.advice import alternatives, recommend, warnings
@@ -259,10 +260,42 @@ def test_time_by_hand() -> None:
         cost.compute_seconds + cost.gather_seconds,
     )
     recomputed = plan_cost(tiny_case(kernels=replace(BF16, checkpointing=True)))
-    assert recomputed.flop - cost.flop == pytest.approx((frozen + lora + scores) / 2)
+    # One of two layers, whole: the last one is cut to last tokens and kept.
+    layer = 2 * (2 * 64 + 2 * 32 + 3 * 128) * 4000 + 2 * 2 * (2 * 16 + 2 * 12 + 3 * 24) * 4000 + scores / 2
+    assert recomputed.flop - cost.flop == pytest.approx(layer)
     assert recomputed.gather_bytes == cost.gather_bytes
     two_way = plan_cost(tiny_case(causal=False))
     assert two_way.flop - cost.flop == pytest.approx(scores * (5 / 3 + 2.5))
+
+
+COUNTED = {
+    "lora": {},
+    "recomputed": {"activation_checkpointing": True},
+    "mean": {"pooling": "mean"},
+    "mean, recomputed": {"pooling": "mean", "activation_checkpointing": True},
+    "full": {"trained": "full"},
+}
+
+
+@pytest.mark.parametrize("name", COUNTED)
+def test_arithmetic_is_what_torch_counts(name: str, tmp_path: Path) -> None:
+    """Of matrix products; attention is left out, which torch's counter does not know on a CPU."""
+    config = LlamaConfig(**SHAPE, intermediate_size=384, num_hidden_layers=3, num_key_value_heads=2)
+    settings: dict[str, Any] = {"name": make_model(config, tmp_path), "dtype": "fp32", "lora": LoraSettings(rank=8)}
+    model = ModelSettings(**settings | COUNTED[name])
+    encoder = load_encoder(model, (), ())
+    choose_trained(encoder, model)
+    encoder.decoder.enable_input_require_grads()  # as trained marker rows do
+    tokens, length = 512, 32
+    ids_T, positions_T = torch.randint(0, 180, (tokens,)), torch.arange(length).repeat(tokens // length)
+    cu_seqlens = torch.arange(0, tokens + 1, length, dtype=torch.int32)
+    with FlopCounterMode(display=False) as counter:
+        encoder.train()(ids_T, positions_T, cu_seqlens, length).sum().backward()
+    products = ("mm", "addmm", "bmm")
+    real = sum(n for op, n in counter.get_flop_counts()["Global"].items() if str(op).split(".")[1] in products)
+    work = Work(tokens, 0, tokens // length)
+    planned = executed_flop(read_shape(model, 0), work, True, 1.0, recomputed=model.activation_checkpointing)
+    assert planned == pytest.approx(real, rel=0.01)
 
 
 def test_traffic_stays_in_a_node_with_hpz_and_on_one_node() -> None:

@@ -16,7 +16,7 @@ from pipeline.preprocess import main as preprocess
 from pipeline.runtime.checkpoint import find_checkpoint
 from pipeline.runtime.guards import is_spike, require_alike, too_late
 from pipeline.runtime.ranks import Ranks
-from pipeline.runtime.watch import LOST, NOT_FINITE, STOPPED
+from pipeline.runtime.watch import LOST, NOT_FINITE, STOPPED, is_lost_peer
 from pipeline.settings import load_settings
 
 TRAIN = REPOSITORY / "pipeline" / "train.py"
@@ -99,7 +99,7 @@ def test_a_rank_started_with_another_recipe_is_named(recipe, tmp_path, monkeypat
     assert "setting batch.queries 24 where the other ranks have 12; start every rank with the same" in errors(result)[0]
 
 
-@pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.parametrize("stage", [0, 2, 3])
 def test_a_rank_killed_inside_a_step_is_noticed_by_the_others(stage, recipe, tmp_path, monkeypatch):
     """Without a launcher, which would answer for the run."""
     monkeypatch.setenv("FAULT", "kill 1 2")
@@ -191,6 +191,17 @@ def test_the_odd_rank_of_three_is_named_on_all_ranks(tmp_path):
     assert said[0][0] == ""
     assert said[0][1].startswith("rank 1 on ") and ": store b where the other ranks have a; start" in said[0][1]
     assert said[0][2].startswith("rank 2 on ") and ": plan 1 where the other ranks have 0; start" in said[0][2]
+
+
+def test_what_counts_as_a_lost_rank():
+    ranks = Ranks(0, 2, 0, torch.device("cpu"))
+    lost = ("[gloo] Connection closed by peer [127.0.0.1]", "NCCL error: remote process exited or there was a network")
+    assert all(is_lost_peer(RuntimeError(text), ranks) for text in lost)
+    own = ("CUDA out of memory", "NCCL error: Cuda failure 'out of memory'", "CUDA error: the launch timed out")
+    assert not any(is_lost_peer(RuntimeError(text), ranks) for text in own)
+    assert not is_lost_peer(torch.distributed.DistBackendError("NCCL error: unhandled cuda error"), ranks)
+    assert is_lost_peer(torch.distributed.DistNetworkError("the store does not answer"), ranks)
+    assert not is_lost_peer(RuntimeError(lost[0]), Ranks(0, 1, 0, torch.device("cpu"))), "nobody else is there"
 
 
 def test_time_left_in_the_job_is_known(monkeypatch):

@@ -30,12 +30,13 @@ from pipeline.runtime.guards import fingerprint_base
 from pipeline.runtime.ranks import read_ranks
 from pipeline.runtime.runlog import require_tracker
 from pipeline.runtime.sharding_json import read_deepspeed_json, require_exact
-from pipeline.runtime.watch import NOT_FINITE
+from pipeline.runtime.watch import NOT_FINITE, STOPPED
 from pipeline.settings import LoraSettings, OptimSettings, load_settings
 from pipeline.training.run import require_base
 from pipeline.training.steps import learning_rate
 
 TRAIN = REPOSITORY / "pipeline" / "train.py"
+FAULTY = Path(__file__).parent / "faulty_rank.py"
 # Two ranks, ZeRO-3, several chunks a step, dropout: what makes exact resume hard.
 COMMON = ["model.lora.dropout=0.1", "optim.max_steps=6", "run.save_every=3", "run.chunk_tokens=300"]
 COMMON += ["loss.filter_margin=0.05", "loss.mask_shown=true", "loss.matryoshka_dims=[16]"]
@@ -96,7 +97,8 @@ def test_arithmetic_profile_and_tracker_of_a_run(recipe, whole_run):
     plan = plan_step(store, make_schedule(store, settings), 0)
     length_S = plan_lengths(store, Limits.from_settings(settings.preprocess), plan).astype(float)
     work = Work(length_S.sum(), (length_S**2).sum(), len(length_S))
-    first = metrics[0]
+    first, profiled = metrics[:2]
+    assert profiled["tflops"] is None, "the profiler takes time of its own"
     share = first["passes"] / first["chunks"]
     flop = executed_flop(read_shape(settings.model, 0), work, causal=True, forwards=share, recomputed=False)
     assert first["tflops"] * first["seconds"] * 2 == pytest.approx(flop / 1e12)
@@ -154,7 +156,9 @@ def write_task(folder, rows):
     return folder
 
 
-def test_evaluation_on_all_ranks_scores_as_the_saved_model_and_leaves_training_alone(recipe, whole_run, tmp_path):
+def test_evaluation_on_all_ranks_scores_as_the_saved_model_and_leaves_training_alone(
+    recipe, whole_run, tmp_path, monkeypatch
+):
     rows = [json.loads(line) for line in (recipe.parent / "data" / "normal.jsonl").read_text().splitlines()]
     task, out = write_task(tmp_path / "task", rows), tmp_path / "out"
     require_success(train(recipe, out, f"evaluation.tasks=[{task}]", "evaluation.every=4", "run.keep_last=9"))
@@ -168,6 +172,15 @@ def test_evaluation_on_all_ranks_scores_as_the_saved_model_and_leaves_training_a
     assert found.keys() == {"zero_shot", "few_shot"}
     for mode, value in found.items():
         assert lines[-1]["scores"][f"tiny/{mode}"] == pytest.approx(value, abs=1e-6)
+
+    # Asked to stop in the middle of an evaluation: what is done is saved, and the evaluation made up.
+    monkeypatch.setenv("FAULT", "evaluating 1 4")
+    options = [f"run.output_dir={tmp_path / 'asked'}", f"evaluation.tasks=[{task}]", "evaluation.every=4"]
+    asked = launch(FAULTY, ["--config", str(recipe), *COMMON, *options], 2)
+    assert asked.returncode == STOPPED and "4 of 6 steps are done and saved" in asked.stdout
+    assert not (tmp_path / "asked" / "evaluation.jsonl").exists()
+    require_success(train(recipe, tmp_path / "asked", *options[1:]))
+    assert (tmp_path / "asked" / "evaluation.jsonl").read_text() == (out / "evaluation.jsonl").read_text()
 
     # Killed after the last checkpoint, before its evaluation was through.
     log, cut = out / "evaluation.jsonl", tmp_path / "cut"
@@ -360,6 +373,11 @@ def test_a_changed_base_model_or_state_is_noticed(whole_run, recipe, tmp_path):
     assert find_checkpoint(folder) == folder / "step-000003"
     state.write_text("[]")
     assert find_checkpoint(folder) == folder / "step-000003"
+    record = json.loads((checkpoint / "state.json").read_text())
+    del record["sha256"]["this"]
+    state.write_text(json.dumps(record))
+    with pytest.raises(ValueError, match="step-000006 was saved by another version of this code; go on with that one"):
+        find_checkpoint(folder)
 
 
 def test_damaged_or_foreign_models_are_named(whole_run, recipe, tmp_path):
@@ -401,6 +419,7 @@ def test_damaged_or_foreign_models_are_named(whole_run, recipe, tmp_path):
         ({"zero_optimization": {"stage": "three"}}, "stage='three' must be 0, 1, 2 or 3"),
         ({"zero_optimization": {"stage": 3, "offload_optimizer": "cpu"}}, "offload_optimizer must be an object"),
         ({"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}, "offload_param needs stage 3"),
+        ({"zero_optimization": {"stage": 2, "cpu_offload": True}}, "cpu_offload is an old key; write offload_optim"),
         ({"wall_clock_breakdown": "yes"}, "wall_clock_breakdown='yes' must be true or false"),
         ({"zero_force_ds_cpu_optimizer": False}, "the recipe owns"),
     ],
@@ -412,7 +431,7 @@ def test_what_deepspeed_would_pass_over_or_stumble_on_is_refused(config, words, 
         read_deepspeed_json(path)
 
 
-@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("stage", [0, 1, 2])
 def test_offload_that_keeps_skipped_steps_is_refused(stage, tmp_path):
     config = tmp_path / "zero.json"
     config.write_text(json.dumps({"zero_optimization": {"stage": stage, "offload_optimizer": {"device": "cpu"}}}))

@@ -5,7 +5,7 @@ S sequences, T packed tokens, N texts, D width.
 
 import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,7 @@ class FewShotEmbedder:
     # (this rank, how many): ranks that share the encoding. Each must make the same calls, and each gets all embeddings.
     place: tuple[int, int] = (0, 1)
     dim: int | None = None  # embeddings are cut to this width and made unit vectors again; None: the full width
+    before_pass: Callable[[], None] = lambda: None  # called before every forward pass, on all ranks as often
 
     def encode_queries(self, texts: Sequence[str], instruction: str, examples: Sequence[Example] = ()) -> np.ndarray:
         """Embed queries behind an instruction and in-context examples of the same task.
@@ -106,6 +107,7 @@ class FewShotEmbedder:
             for number in mine:
                 sequence_S = chunks[number]
                 chunk = pack_chunk(np.array(sequence_S), [ids[s] for s in sequence_S])
+                self.before_pass()
                 embeddings_SD = self.encoder(
                     torch.from_numpy(chunk.input_ids_T).to(self.device),
                     torch.from_numpy(chunk.position_ids_T).to(self.device),

@@ -72,7 +72,9 @@ def _choose_kernel(kernel: str, device_type: str, dtype: str, softcap: float | N
         elif dtype != "bf16":
             faults[fused] = f"model.dtype={dtype}, and it takes bf16 only"
     if kernel == "auto":
-        return next(name for name, fault in faults.items() if not fault)
+        kernel = next(name for name, fault in faults.items() if not fault)
+    if kernel == "torch_varlen" and _torch_version() < (2, 12):
+        log.info("torch %s: keys and values are kept once a query head, which takes more memory", torch.__version__)
     if faults[kernel]:
         raise ValueError(f"model.attention_kernel={kernel} cannot run: {faults[kernel]}; auto takes one that can")
     return kernel

@@ -2,8 +2,9 @@
 
 2 FLOP a weight and token (arXiv 2204.02311, appendix B). Per token, with N frozen and n LoRA weights in the
 projections: forward 2(N + n); backward 2N + 4n, as frozen weights get no gradient of their own (4N where every weight
-trains); a second forward for every chunk but those whose graph is kept (gradient caching, arXiv 2101.06983); one more,
-without the last layer, where activations are recomputed. Past its attention the last layer counts last tokens only.
+trains); a second forward for every chunk but those whose graph is kept (gradient caching, arXiv 2101.06983); one more
+where activations are recomputed (but for a last layer that is cut). Past its attention a last layer that is cut counts
+last tokens only (last_layer.py).
 Attention, per sequence of L tokens and layer: 4 L^2 Q forward (Q the queries' width), half of it if causal, 2.5 times
 that backward (arXiv 2307.08691, section 4.1).
 
@@ -63,7 +64,12 @@ def executed_flop(shape: ModelShape, work: Work, causal: bool, forwards: float, 
     projections, lora, attention = forward_flop(shape, work, causal)
     forward = projections + lora + attention
     backward = (2 if shape.full else 1) * projections + 2 * lora + 2.5 * attention
-    again = forward * (shape.layers - 1) / shape.layers if recomputed else 0
+    again = 0.0
+    if recomputed:
+        # The last layer is not recomputed where it goes on with last tokens; the others see all of them.
+        whole = Work(work.tokens, work.squares, work.tokens)
+        share = (shape.layers - 1) / shape.layers if shape.last_rows_only else 1.0
+        again = share * sum(forward_flop(shape, whole, causal))
     return forward * forwards + backward + again
 
 
@@ -74,5 +80,7 @@ def model_flop(shape: ModelShape, work: Work) -> float:
 
 
 def peak_flops(card: str) -> float | None:
-    """Peak of a card by the name that its driver gives; None where it is not known."""
+    """Peak of a card by the name that its driver gives; None where it is not known, or the card is shared (MIG)."""
+    if "MIG" in card:
+        return None
     return next((peak for name, peak in PEAKS.items() if name in card), None)

@@ -6,13 +6,13 @@ D width, H heads, K head width, F width of the MLP, V rows of the embedding tabl
 from dataclasses import dataclass
 from typing import Any
 
+from pipeline.model.last_layer import FAMILIES as KNOWN
 from pipeline.settings import ModelSettings
 
 # Families whose layers were compared with the formulas; LLaMA's are taken for others, and the report says so.
 BIASED = ("qwen2",)  # biases on query, key and value
 HEAD_NORMS = ("qwen3", "gemma3_text")  # a norm on each head of query and key
 FOUR_NORMS = ("gemma2", "gemma3_text")
-KNOWN = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text")
 
 
 @dataclass(frozen=True)

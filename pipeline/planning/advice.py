@@ -14,7 +14,7 @@ NOTABLE = 0.1  # share of the arithmetic's time from which traffic, or of a card
 
 def alternatives(case: Case) -> dict[str, Case]:
     """The same run under other sharding and checkpointing; the run itself is `as set`."""
-    plain = replace(case.sharding, stage=1, node_copy=1, offload_weights=False)
+    plain = replace(case.sharding, stage=1, node_copy=1, offload_weights=False, offload_optimizer=False)
     shardings = {"zero1": plain, "zero3": replace(case.sharding, stage=3, node_copy=1, offload_weights=False)}
     if case.cluster.nodes > 1 and case.cluster.gpus_per_node > 1:
         shardings["zero3_hpz"] = replace(shardings["zero3"], node_copy=case.cluster.gpus_per_node)

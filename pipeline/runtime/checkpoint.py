@@ -52,6 +52,10 @@ MAY_CHANGE = (
 )
 
 
+class OtherVersion(Exception):
+    """A whole checkpoint whose form is not this code's."""
+
+
 @dataclass(frozen=True)
 class TrainState:
     """Where a run stands: `step` steps are done, so the next one is number `step`. `updates` of them moved the weights;
@@ -137,8 +141,15 @@ def find_checkpoint(folder: Path) -> Path | None:
         try:
             record = json.loads((candidate / "state.json").read_text(encoding="utf-8"))
             broken = [name for name in FILES if file_sha256(candidate / name) != record["sha256"][name]]
+            if not broken and "this" not in record["sha256"]:
+                raise OtherVersion
             if record["sha256"]["this"] != _digest(record):
                 broken.append("state.json")
+        except OtherVersion:
+            raise ValueError(
+                f"{candidate} was saved by another version of this code; go on with that one, or use another "
+                "run.output_dir to start a new run"
+            ) from None
         except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
             broken = [f"state.json ({error})"]
         if not broken:

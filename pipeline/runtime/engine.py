@@ -8,6 +8,7 @@ import contextlib
 import functools
 import os
 from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +41,15 @@ from deepspeed.utils import (
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def start_distributed(ranks: Ranks) -> None:
-    """Join the process group that the launcher described in the environment."""
+def start_distributed(ranks: Ranks, max_stall_seconds: float = 1800.0) -> None:
+    """Join the process group that the launcher described in the environment.
+
+    A collective call may last a while longer than a rank may stand still: the watchdog, which names ranks, comes first.
+    """
     if ranks.device.type == "cuda":
         torch.cuda.set_device(ranks.device)
-    deepspeed.init_distributed(dist_backend="nccl" if ranks.device.type == "cuda" else "gloo", verbose=False)
+    backend, patience = "nccl" if ranks.device.type == "cuda" else "gloo", timedelta(seconds=max_stall_seconds + 120)
+    deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=patience)
     _unlink_shared_memory(ranks)
 
 

@@ -37,7 +37,7 @@ class StepMetrics:
     grad_norm: float
     lr: float
     seconds: float
-    seconds_of: dict[str, float]  # data (waited for), pass_1, loss, pass_2, reduce, update; the rest is the log's
+    seconds_of: dict[str, float]  # data (waited for), pass_1, loss, pass_2, reduce, update
     queries: int
     queries_per_second: float
     tokens: int
@@ -137,7 +137,9 @@ def peak_memory_gib(device: torch.device) -> float:
 def step_line(m: StepMetrics, total_steps: int, seconds_left: float) -> str:
     """The one line a step that people watch."""
     minutes, seconds = divmod(int(seconds_left), 60)
-    work = "" if m.hfu is None else f"{m.tflops:.0f} TFLOP/s, HFU {m.hfu:.0%}, MFU {m.mfu:.0%} | "
+    work = f"{m.tflops:.0f} TFLOP/s | " if m.tflops is not None and m.tflops >= 1 else ""
+    if m.hfu is not None:
+        work = f"{m.tflops:.0f} TFLOP/s, HFU {m.hfu:.0%}, MFU {m.mfu:.0%} | "
     filtered = f"{m.negatives_filtered:,} filtered | " if m.negatives_filtered else ""
     return (
         f"step {m.step + 1}/{total_steps} | {m.dataset} | loss {m.loss:.4f} | grad {m.grad_norm:.2f}"

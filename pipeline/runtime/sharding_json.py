@@ -76,6 +76,9 @@ def _require_shapes(path: Path, config: dict[str, Any]) -> None:
     stage = zero.get("stage", 0)
     if isinstance(stage, bool) or stage not in (0, 1, 2, 3):
         raise ValueError(f"run.deepspeed={path}: zero_optimization.stage={stage!r} must be 0, 1, 2 or 3")
+    for old, new in (("cpu_offload", "offload_optimizer"), ("cpu_offload_param", "offload_param")):
+        if old in zero:
+            raise ValueError(f'run.deepspeed={path}: {old} is an old key; write {new}: {{"device": "cpu"}}')
     for key in ("offload_optimizer", "offload_param"):
         if not isinstance(zero.get(key) or {}, dict):
             raise ValueError(f'run.deepspeed={path}: zero_optimization.{key} must be an object, {{"device": "cpu"}}')
@@ -94,7 +97,7 @@ def require_exact(path: str | Path, keep_graphs: int) -> None:
     """
     config = read_deepspeed_json(path)
     stage, zero = zero_stage(config), config.get("zero_optimization", {})
-    if stage in (1, 2) and (zero.get("offload_optimizer") or {}).get("device", "none") != "none":
+    if stage < 3 and (zero.get("offload_optimizer") or {}).get("device", "none") != "none":
         raise ValueError(
             f"run.deepspeed={path} offloads the optimizer under ZeRO-{stage}, where a step that is not finite would "
             "stay in the gradient of the next one; take ds_configs/zero3_offload.json, or remove offload_optimizer"

@@ -105,7 +105,7 @@ def run_step(
     """
     plan, num_encoded, local_is_finite = inputs.plan, 0, torch.tensor(True)
     num_filtered = torch.zeros((), dtype=torch.int64, device=ranks.device)
-    moments = [_moment(ranks.device)]
+    moments = [moment(ranks.device)]
 
     def encode(chunk: PackedChunk) -> Tensor:
         nonlocal num_encoded
@@ -118,7 +118,7 @@ def run_step(
     def embedding_gradients(cached: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
         real = [e for e, chunk in zip(cached, inputs.chunks, strict=True) if chunk.sequence_S[0] >= 0]
         nonlocal local_is_finite
-        moments.append(_moment(ranks.device))
+        moments.append(moment(ranks.device))
         local_SD = torch.cat(real) if real else cached[0][:0]
         local_is_finite = local_SD.isfinite().all()
         all_SD = gather_embeddings(local_SD, inputs.sequences_of_rank, ranks).requires_grad_()
@@ -139,7 +139,7 @@ def run_step(
             for chunk, embeddings in zip(inputs.chunks, cached, strict=True)
         ]
         total = sum_over_ranks(share.detach(), ranks)
-        moments.append(_moment(ranks.device))
+        moments.append(moment(ranks.device))
         return total, gradients
 
     assert settings.run.keep_graphs == 1 or engine.zero_optimization_stage() < 3, "require_exact comes first"
@@ -152,13 +152,13 @@ def run_step(
             backward,
             settings.run.keep_graphs,
         )
-        moments.append(_moment(ranks.device))
+        moments.append(moment(ranks.device))
         norm = torch.nn.utils.get_total_norm([p.grad for p in engine.parameters() if p.grad is not None])
     # A bad embedding on one rank makes every rank's gradient bad: only the rank where it began is named.
     level_W = gather_values(2 if not local_is_finite else 0 if norm.isfinite() else 1, ranks)
     worst = int(max(level_W))
     bad = ", ".join(str(rank) for rank, level in enumerate(level_W) if level == worst)
-    moments.append(_moment(ranks.device))
+    moments.append(moment(ranks.device))
     return StepResult(
         loss=float(result.loss),
         num_passes=result.num_passes,
@@ -168,7 +168,7 @@ def run_step(
     )
 
 
-def _moment(device: torch.device) -> float:
+def moment(device: torch.device) -> float:
     """Now, when the GPU has done what it was given: four waits a step."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -58,7 +58,8 @@ def start_watch(ranks: Ranks, max_stall_seconds: float) -> Watch:
     port = from_first(board.port if board is not None else 0, ranks)
     if board is None:
         board = dist.TCPStore(host, port, is_master=False, timeout=_BOARD_PATIENCE)
-    flags = dist.new_group(backend="gloo") if ranks.world_size > 1 else None
+    patience = timedelta(seconds=max_stall_seconds + 120)
+    flags = dist.new_group(backend="gloo", timeout=patience) if ranks.world_size > 1 else None
     watch = Watch(ranks, flags, board, max_stall_seconds, 0, "", time.monotonic(), "")
     mark(watch, "the start")
 
@@ -160,8 +161,11 @@ def end_alone(error: BaseException, ranks: Ranks, watch: Watch | None) -> NoRetu
 
 
 def is_lost_peer(error: BaseException, ranks: Ranks) -> bool:
-    """Whether a collective failed because another rank is gone (gloo says so in words only)."""
-    if ranks.world_size == 1:
+    """Whether a collective failed because another rank is gone (gloo and NCCL say so in words only)."""
+    text = str(error)
+    if ranks.world_size == 1 or "out of memory" in text or "CUDA error" in text:
         return False
-    words = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out", "timed out")
-    return isinstance(error, dist.DistError) or any(word in str(error) for word in words)
+    gloo = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out", "timed out")
+    nccl = ("remote process exited", "connection closed", "communicator was aborted")
+    unreachable = isinstance(error, (dist.DistNetworkError, dist.DistStoreError))
+    return unreachable or any(word in text for word in (*gloo, *nccl))

@@ -1,5 +1,6 @@
 """Scores of the model in training, on all ranks; the best model is kept."""
 
+import functools
 import logging
 import time
 
@@ -9,8 +10,8 @@ from pipeline.inference.embedder import FewShotEmbedder
 from pipeline.inference.saving import save_model
 from pipeline.runtime.checkpoint import TrainState
 from pipeline.runtime.engine import read_state
-from pipeline.runtime.ranks import from_first
-from pipeline.runtime.watch import mark
+from pipeline.runtime.ranks import from_first, together
+from pipeline.runtime.watch import mark, pass_boundary
 from pipeline.training.run import Run
 
 log = logging.getLogger("train")
@@ -30,6 +31,9 @@ def must_make_up(run: Run, step: int) -> bool:
 def evaluate(run: Run, state: TrainState) -> float:
     """Score the model as it is on the recipe's tasks, all ranks together; the best one stands in best_model/. Returns
     the seconds.
+
+    Raises:
+        StopRequested: as in a step, before any forward pass.
     """
     started, ranks, settings = time.perf_counter(), run.ranks, run.settings
     embedder = FewShotEmbedder(
@@ -40,6 +44,7 @@ def evaluate(run: Run, state: TrainState) -> float:
         chunk_tokens=settings.run.chunk_tokens,
         show_progress=False,
         place=(ranks.rank, ranks.world_size),
+        before_pass=lambda: pass_boundary(run.watch, f"an evaluation after {state.step} steps"),
     )
     run.engine.eval()
     scores: dict[str, float] = {}
@@ -53,10 +58,9 @@ def evaluate(run: Run, state: TrainState) -> float:
     log.info("after %d steps: %s (%s)", state.step, shown, took)
     if best:
         mark(run.watch, "writing the best model")
-        trainable = read_state(run.engine, moments=False)
-        if ranks.is_first:
-            save_model(run.out / "best_model", run.encoder, trainable, run.tokenizer, settings, run.store)
+        trainable, folder = read_state(run.engine, moments=False), run.out / "best_model"
+        work = functools.partial(save_model, folder, run.encoder, trainable, run.tokenizer, settings, run.store)
+        together(lambda: work() if ranks.is_first else None, ranks)
     # The line comes last: what it says is there.
-    if ranks.is_first:
-        record_scores(run.out, state.step, scores, best)
+    together(lambda: record_scores(run.out, state.step, scores, best) if ranks.is_first else None, ranks)
     return time.perf_counter() - started

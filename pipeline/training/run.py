@@ -19,7 +19,7 @@ from pipeline.files import file_sha256, locked
 from pipeline.inference.description import DESCRIPTION_FILE
 from pipeline.model.encoder import Encoder, choose_trained, load_encoder, require_rows
 from pipeline.model.loss import require_dims
-from pipeline.model.shapes import ModelShape, read_shape
+from pipeline.model.shapes import KNOWN, ModelShape, read_shape
 from pipeline.prompts import get_template
 from pipeline.runtime.checkpoint import find_checkpoint, require_same_run
 from pipeline.runtime.engine import build_engine, gathered, sharded_loading
@@ -42,7 +42,7 @@ class Run:
     ranks: Ranks
     watch: Watch
     store: TokenStore
-    inputs: dict[str, str]  # setting that names something the run reads -> fingerprint of that
+    fingerprints: dict[str, str]  # setting that names something the run reads -> fingerprint of that
     checkpoint: Path | None  # to go on from
     schedule: Schedule
     tokenizer: PromptTokenizer
@@ -73,10 +73,10 @@ def set_up(settings: Settings, ranks: Ranks, watch: Watch, held: contextlib.Exit
     together(lambda: verify_shards(settings.data.store, ranks.rank, ranks.world_size), ranks)
     template = get_template(settings.preprocess.template)
     tokenizer = together(lambda: load_tokenizer(settings.tokenizer_name, template), ranks)
-    inputs = {"data.store": file_sha256(Path(settings.data.store) / "manifest.json")}
-    inputs["model.name"] = together(lambda: fingerprint_base(settings.model.name), ranks)
-    seen = {"token store": inputs["data.store"], "tokenizer": tokenizer.fingerprint, "base": inputs["model.name"]}
-    require_alike(seen, ranks)
+    fingerprints = {"data.store": file_sha256(Path(settings.data.store) / "manifest.json")}
+    fingerprints["model.name"] = together(lambda: fingerprint_base(settings.model.name), ranks)
+    require_alike({"token store": fingerprints["data.store"], "tokenizer": tokenizer.fingerprint}, ranks)
+    require_alike({"base model": fingerprints["model.name"]}, ranks)
     require_match(store, settings, tokenizer.fingerprint)
     schedule = make_schedule(store, settings)
     check_world_size(schedule, ranks.world_size)
@@ -91,7 +91,7 @@ def set_up(settings: Settings, ranks: Ranks, watch: Watch, held: contextlib.Exit
     found = together(lambda: find_checkpoint(out / "checkpoints") if ranks.is_first else None, ranks)
     checkpoint = from_first(found, ranks)
     if checkpoint is not None:
-        together(lambda: require_same_run(checkpoint, settings, inputs), ranks)
+        together(lambda: require_same_run(checkpoint, settings, fingerprints), ranks)
 
     warn_of_odd_sizes(settings, schedule, total_steps)
 
@@ -113,7 +113,7 @@ def set_up(settings: Settings, ranks: Ranks, watch: Watch, held: contextlib.Exit
         ranks=ranks,
         watch=watch,
         store=store,
-        inputs=inputs,
+        fingerprints=fingerprints,
         checkpoint=checkpoint,
         schedule=schedule,
         tokenizer=tokenizer,
@@ -128,10 +128,14 @@ def set_up(settings: Settings, ranks: Ranks, watch: Watch, held: contextlib.Exit
 def countable_shape(model: ModelSettings) -> ModelShape | None:
     """Shape of a decoder of LLaMA's kind; the arithmetic of others is not counted, and the log says so."""
     try:
-        return read_shape(model, num_markers=0)
+        shape = read_shape(model, num_markers=0)
     except ValueError as error:
         log.info("no FLOP in the metrics: %s", error)
         return None
+    if shape.family not in KNOWN:
+        log.info("no FLOP in the metrics: layers of %s are not known", shape.family)
+        return None
+    return shape
 
 
 def require_base(name: str) -> None:
@@ -151,6 +155,8 @@ def warn_of_odd_sizes(settings: Settings, schedule: Schedule, total_steps: int) 
             settings.optim.warmup_steps,
             total_steps,
         )
+    if late := [step for step in settings.run.profile_steps if step >= total_steps]:
+        log.warning("run.profile_steps names %s, but the run has %d steps, numbered from 0", late, total_steps)
     for dataset in schedule.datasets:
         if dataset.num_queries < dataset.layout.batch_size:
             asked, rows = dataset.layout.batch_size, dataset.num_queries

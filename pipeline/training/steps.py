@@ -2,12 +2,13 @@
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import math
 import time
-from collections.abc import Iterator
 from concurrent.futures import Executor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ from pipeline.runtime.engine import discard_gradients, read_state, take_step, wr
 from pipeline.runtime.guards import is_spike, too_late
 from pipeline.runtime.ranks import together
 from pipeline.runtime.runlog import append_metrics, open_tracker, start_metrics, step_line, step_metrics
-from pipeline.runtime.step import StepInputs, StepResult, make_optimizer_state, prepare_step, run_step
+from pipeline.runtime.step import StepInputs, StepResult, make_optimizer_state, moment, prepare_step, run_step
 from pipeline.runtime.watch import StopRequested, mark
 from pipeline.settings import OptimSettings, dump_settings
 from pipeline.training.evaluating import evaluate, is_due, must_make_up
@@ -46,10 +47,13 @@ def resume(run: Run) -> TrainState:
         make_optimizer_state(run.engine, ranks)
         write_state(run.engine, trainable, state.updates, ranks)
         log.info("resumed from %s: %d steps are done", checkpoint, state.step)
-    if ranks.is_first:
+
+    def begin() -> None:
         (out / STOPPED_AT).unlink(missing_ok=True)
         write_text(out / "settings.yaml", dump_settings(run.settings))
         start_metrics(out / "metrics.jsonl", state.step)
+
+    together(lambda: begin() if ranks.is_first else None, ranks)
     return state
 
 
@@ -67,31 +71,28 @@ def train_steps(run: Run, state: TrainState, loader: Executor) -> TrainState:
         plan = plan_step(run.store, run.schedule, step)
         return prepare_step(run.store, limits, plan, ranks, settings.run.chunk_tokens, settings.loss.mask_shown)
 
-    # An evaluation that a kill cut off is made up.
+    # An evaluation that a kill or a stop cut off is made up.
     if must_make_up(run, state.step):
-        evaluate_seconds = evaluate(run, state)
-    coming = loader.submit(load, state.step)
+        evaluate_seconds = stoppable_evaluation(run, state, saved_step)
+    if state.step < run.total_steps:
+        coming = loader.submit(load, state.step)
     while state.step < run.total_steps:
         started = time.perf_counter()
-        if ranks.is_first and (hurry := too_late(recent, save_seconds + evaluate_seconds)):
+        coming_up = save_seconds + (evaluate_seconds if is_due(run, state.step + 1) else 0)
+        if ranks.is_first and (hurry := too_late(recent, coming_up)):
             run.watch.asked = hurry
         inputs = coming.result()
         plan, seconds = inputs.plan, {"data": time.perf_counter() - started}
         if state.step + 1 < run.total_steps:
             coming = loader.submit(load, state.step + 1)
         lr = learning_rate(settings.optim, state.step, run.total_steps)
-        wanted = ranks.is_first and state.step in settings.run.profile_steps
+        profiled = state.step in settings.run.profile_steps
         try:
-            with traced_step(out / "profile", state.step) if wanted else contextlib.nullcontext():
+            with start_profile() if profiled and ranks.is_first else contextlib.nullcontext() as records:
                 result = run_step(run.engine, inputs, settings, ranks, run.watch)
         except StopRequested as stop:
-            # Weights do not change inside a step: those after the last one are saved, and this one is done again.
-            if saved_step < state.step:
-                save(run, state)
-            if ranks.is_first:
-                write_text(out / STOPPED_AT, f"{state.step}\n")
-            done = state.step if state.updates else 0
-            raise StopRequested(f"{stop}; {done} of {run.total_steps} steps are done and saved") from None
+            # Weights do not change inside a step: this one is done again.
+            raise stopped(run, state, saved_step, stop) from None
         dataset = run.store.datasets[plan.dataset].name
         where = f"step {state.step} (dataset {dataset}, rows {plan.row_B[:8].tolist()}...)"
         if result.fault or not math.isfinite(result.loss):
@@ -104,9 +105,9 @@ def train_steps(run: Run, state: TrainState, loader: Executor) -> TrainState:
             if ranks.is_first:
                 log.warning("%s; no rank takes this step", fault)
         else:
-            updating = time.perf_counter()
+            updating = moment(ranks.device)
             bad_in_a_row, norm = 0, take_step(run.engine, lr)
-            seconds["update"] = time.perf_counter() - updating
+            seconds["update"] = moment(ranks.device) - updating
             if not math.isfinite(norm):
                 raise FloatingPointError(f"gradient norm is {norm} at {where}; the last checkpoint is older; {REMEDY}")
         seconds = {"all": time.perf_counter() - started} | seconds | result.seconds
@@ -121,18 +122,24 @@ def train_steps(run: Run, state: TrainState, loader: Executor) -> TrainState:
         if ranks.is_first:
             if is_spike(losses.setdefault(plan.dataset, []), result.loss):
                 log.warning("loss %.4f is more than 3 times what it was lately: %s", result.loss, where)
-            flop, clip_norm = count_flop(run, inputs, result), settings.optim.clip_norm
+            # The profiler takes time of its own: a step under it is no measure of the others.
+            flop = None if profiled else count_flop(run, inputs, result)
+            clip_norm = settings.optim.clip_norm
             metrics = step_metrics(plan, dataset, inputs, result, norm, lr, seconds, flop, clip_norm, ranks)
             # The first steps are slow (allocation, compilation): the estimate forgets them.
-            recent = [*recent[-19:], seconds["all"]]
+            recent = recent if profiled and recent else [*recent[-19:], seconds["all"]]
             log.info(step_line(metrics, run.total_steps, float(np.median(recent)) * (run.total_steps - state.step)))
             append_metrics(out / "metrics.jsonl", metrics)
             track(dataclasses.asdict(metrics))
 
+        if profiled:
+            mark(run.watch, "writing the profile")
+            write = functools.partial(write_profile, records, out / "profile", plan.step)
+            together(lambda write=write: write() if ranks.is_first else None, ranks)  # type: ignore[misc]
         if state.step == run.total_steps or state.step % settings.run.save_every == 0:
             save_seconds, saved_step = save(run, state), state.step
         if is_due(run, state.step):
-            evaluate_seconds = evaluate(run, state)
+            evaluate_seconds = stoppable_evaluation(run, state, saved_step)
     if not state.updates:
         raise FloatingPointError(
             f"none of {state.step} steps moved the weights: there is no model to save; {NEVER_MOVED}"
@@ -140,16 +147,33 @@ def train_steps(run: Run, state: TrainState, loader: Executor) -> TrainState:
     return state
 
 
-@contextlib.contextmanager
-def traced_step(folder: Path, step: int) -> Iterator[None]:
-    """torch's profiler around both passes of a step: a trace (for https://ui.perfetto.dev) and a table of operators."""
-    on_gpu = torch.cuda.is_available()
-    kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
-    with profile(activities=kinds) as records:
-        yield
+def stopped(run: Run, state: TrainState, saved_step: int, stop: StopRequested) -> StopRequested:
+    """Save what is done since the last checkpoint, and leave the marker; the reason with how far the run came."""
+    if saved_step < state.step:
+        save(run, state)
+    together(lambda: write_text(run.out / STOPPED_AT, f"{state.step}\n") if run.ranks.is_first else None, run.ranks)
+    done = state.step if state.updates else 0
+    return StopRequested(f"{stop}; {done} of {run.total_steps} steps are done and saved")
+
+
+def stoppable_evaluation(run: Run, state: TrainState, saved_step: int) -> float:
+    """`evaluate`, given up where a stop is asked for; the run that goes on makes it up."""
+    try:
+        return evaluate(run, state)
+    except StopRequested as stop:
+        raise stopped(run, state, saved_step, stop) from None
+
+
+def start_profile() -> profile:
+    """torch's profiler, for both passes of a step."""
+    return profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])])
+
+
+def write_profile(records: Any, folder: Path, step: int) -> None:
+    """A trace (for https://ui.perfetto.dev) and a table of operators."""
     folder.mkdir(parents=True, exist_ok=True)
     records.export_chrome_trace(str(folder / f"step-{step:06d}.json.gz"))
-    order = "self_device_time_total" if on_gpu else "self_cpu_time_total"
+    order = "self_device_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
     write_text(folder / f"step-{step:06d}.txt", records.key_averages().table(sort_by=order, row_limit=40))
     log.info("profile of step %d in %s", step, folder)
 
@@ -177,7 +201,7 @@ def save(run: Run, state: TrainState) -> float:
         if not run.ranks.is_first:
             return None
         folder, keep_last = run.out / "checkpoints", run.settings.run.keep_last
-        return save_checkpoint(folder, state, trainable, run.settings, run.inputs, keep_last)
+        return save_checkpoint(folder, state, trainable, run.settings, run.fingerprints, keep_last)
 
     log.info("saved %s", together(write, run.ranks))
     return time.perf_counter() - started
