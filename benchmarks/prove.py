@@ -275,17 +275,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("topic", choices=["main", "kernels", "data", "trainer"])
     parser.add_argument("--data", type=Path, default=QUICKSTART / "data", help="folder of raw training files")
+    parser.add_argument("--only", default="", help="one part of the topic trainer, for example kills")
     arguments = parser.parse_args(argv)
+    if arguments.only and arguments.topic != "trainer":
+        parser.error(f"--only {arguments.only} is for the topic trainer")
     WORK.mkdir(parents=True, exist_ok=True)
     if arguments.topic == "main":
         rows = prove_main(arguments.data)
     elif arguments.topic == "data":
         rows = prove_data(arguments.data)
     elif arguments.topic == "trainer":
-        rows = prove_trainer(arguments.data)
+        rows = prove_trainer(arguments.data, arguments.only)
     else:
         rows = prove_kernels()
-    out = REPOSITORY / "runs" / "prove" / f"{arguments.topic}.json"
+    name = f"{arguments.topic}_{arguments.only}" if arguments.only else arguments.topic
+    out = REPOSITORY / "runs" / "prove" / f"{name}.json"
     out.write_text(json.dumps(rows, indent=2) + "\n")
     print("\nclaim | target | measured | holds")
     for r in rows:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 from peers import NO_ENVIRONMENT
@@ -18,6 +19,7 @@ from proving import REPOSITORY, RUN, WORK, Row, call, free_port, launch_worker, 
 from proving import write_recipe as write_random_recipe
 
 KILLS, STEPS = 50, 300
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # small steps: threads would mostly wait for each other
 BATCHES = (32, 64, 128, 256, 512)
 TRAIN = REPOSITORY / "pipeline" / "train.py"
 SHORT = {
@@ -29,14 +31,25 @@ SHORT = {
 }
 
 
-def prove_trainer(data: Path) -> list[Row]:
+def prove_trainer(data: Path, only: str = "") -> list[Row]:
     make_random_model()
     files = training_files(data)
     one = [next((file for file in files if file.name.startswith("squad")), files[0])]
     recipe = write_random_recipe("trainer", data, one, SHORT, {"group_size": 2, "examples": {"max_examples": 2}})
     # What counts CPU seconds comes first: the kills bear other work on the machine.
-    quiet = [*growth(recipe), *kept_graphs(recipe), *loading(), *peers()]
-    return [*quiet, *planner(data), *waiting(), *kills(recipe), *not_here()]
+    parts: dict[str, Callable[[], list[Row]]] = {
+        "growth": lambda: growth(recipe),
+        "kept_graphs": lambda: kept_graphs(recipe),
+        "loading": loading,
+        "peers": peers,
+        "planner": lambda: planner(data),
+        "waiting": waiting,
+        "kills": lambda: kills(recipe),
+        "not_here": not_here,
+    }
+    if only and only not in parts:
+        raise SystemExit(f"error: --only {only} must be one of {', '.join(parts)}")
+    return [r for name, part in parts.items() if only in ("", name) for r in part()]
 
 
 def run_command(recipe: Path, out: Path) -> list[str]:
@@ -61,7 +74,7 @@ def kills(recipe: Path) -> list[Row]:
     whole, out = WORK / "run_whole", WORK / "run_killed"
     for folder in (whole, out):
         shutil.rmtree(folder, ignore_errors=True)
-    call(run_command(recipe, whole))
+    call(run_command(recipe, whole), ONE_THREAD)
     truth, rng = digests(whole), random.Random(0)
     kinds, wrong, finished, codes = Counter[str](), set[str](), 0, Counter[int]()
     while sum(kinds.values()) < KILLS:
@@ -74,7 +87,7 @@ def kills(recipe: Path) -> list[Row]:
         else:
             finished += 1
             shutil.rmtree(out)
-    call(run_command(recipe, out))
+    call(run_command(recipe, out), ONE_THREAD)
     last = digests(out)
     wrong |= {name for name, value in last.items() if truth[name] != value}
     shown = ", ".join(f"{count} x {kind}" for kind, count in sorted(kinds.items()))
@@ -93,7 +106,7 @@ def kills(recipe: Path) -> list[Row]:
 def killed(command: list[str], kind: str, rng: random.Random) -> tuple[bool, int]:
     """Start the run and end it at a random moment; (whether that was before its own end, its exit code)."""
     path = str(Path(sys.executable).parent) + os.pathsep + os.environ.get("PATH", "")
-    variables = os.environ | {"PATH": path, "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+    variables = os.environ | {"PATH": path, "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"} | ONE_THREAD
     job = subprocess.Popen(command, cwd=REPOSITORY, env=variables, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     time.sleep(rng.uniform(6.0, 22.0))
     ranks = [pid for pid in descendants(job.pid) if is_rank(pid)]
