@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import logging
+import os
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -92,6 +93,29 @@ def test_embeddings_are_those_of_the_slow_twin(base: Path, template: str, instru
         np.testing.assert_allclose(got_D, slow_embedding(embedder, ids), atol=2e-6)
 
 
+def test_prompts_that_share_their_start_are_the_slow_twins(base: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A long query drops an example: its prompt begins otherwise, and is in a group of its own."""
+    caplog.set_level(logging.INFO, logger="pipeline.inference.embedder")
+    embedder = base_embedder(base, max_prompt_tokens=170)
+    texts = ["river stone", "cloud amber", "winter " * 6 + "garden", "copper " * 9]
+    prompts = embedder.compose_queries(texts, INSTRUCTION, EXAMPLES * 2)
+    assert len({tuple(ids[:60].tolist()) for ids in prompts}) > 1
+    for text, ids, got_D in zip(texts, prompts, embedder.encode_queries(texts, INSTRUCTION, EXAMPLES * 2), strict=True):
+        np.testing.assert_allclose(got_D, slow_embedding(embedder, ids.tolist()), atol=2e-6, err_msg=text)
+
+
+def test_a_model_that_attends_both_ways_encodes_whole_prompts_and_says_so(
+    base: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, logger="pipeline.inference.embedder")
+    settings = settings_of(base)
+    both = dataclasses.replace(settings, model=dataclasses.replace(settings.model, attention="bidirectional"))
+    embedder = load_base_embedder(both, show_progress=False)
+    shared_ND = embedder.encode_queries(QUERIES, INSTRUCTION, EXAMPLES)
+    assert "every prompt is encoded whole: the model attends both ways" in caplog.text
+    np.testing.assert_array_equal(shared_ND, embedder.encode_queries(QUERIES, INSTRUCTION, EXAMPLES, False))
+
+
 def test_the_prompt_is_rendered_as_the_model_sees_it(base: Path) -> None:
     embedder = base_embedder(base)
     ids = embedder.compose_queries(["river stone"], INSTRUCTION, EXAMPLES[:1])[0]
@@ -119,11 +143,21 @@ def test_no_chunk_is_above_the_budget(base: Path) -> None:
     embedder = base_embedder(base, chunk_tokens=400)
     sizes: list[int] = []
     embedder.encoder.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
-    embedder.encode_queries(QUERIES * 3, INSTRUCTION, EXAMPLES)
-    total = sum(len(ids) for ids in embedder.compose_queries(QUERIES * 3, INSTRUCTION, EXAMPLES))
+    embedder.encode_queries(QUERIES * 3, INSTRUCTION, EXAMPLES, share_prefix=False)
+    prompts = embedder.compose_queries(QUERIES * 3, INSTRUCTION, EXAMPLES)
+    total = sum(map(len, prompts))
     assert sum(sizes) == total
     assert max(sizes) <= 400
     assert len(sizes) < len(QUERIES) * 3, "several sequences share a chunk"
+    shared = len(os.path.commonprefix([ids.tolist() for ids in prompts]))
+    del sizes[:]
+    embedder.encode_queries(QUERIES * 3, INSTRUCTION, EXAMPLES)
+    start = sizes[0]  # up to the query's own piece, which begins with a marker
+    assert 40 < start <= shared <= start + 1 and sum(sizes) == total - (len(prompts) - 1) * start
+    assert max(sizes) <= 400
+    del sizes[:]
+    embedder.encode_queries(QUERIES, INSTRUCTION, EXAMPLES)
+    assert sum(sizes) == sum(map(len, prompts[: len(QUERIES)])) - len(QUERIES) * start, "the start is kept"
 
 
 def test_embeddings_have_unit_length_and_examples_matter(base: Path) -> None:

@@ -72,6 +72,13 @@ def compose_query(
     return _join([tokens.bos, *halves[first:], last]), first
 
 
+def compose_start(
+    tokens: PromptTokens, limits: Limits, instruct_ids: Ids, examples: Sequence[ExampleIds]
+) -> np.ndarray:
+    """What every query behind these examples begins with, up to its own text: int64 ids."""
+    return _join([tokens.bos, *(_example(tokens, limits, *example) for example in examples), instruct_ids])
+
+
 def compose_passage(tokens: PromptTokens, limits: Limits, passage_ids: Ids) -> np.ndarray:
     """Compose a plain passage: int64 ids, at most max_passage_tokens."""
     room = limits.max_passage_tokens - len(tokens.bos) - len(tokens.eos)

@@ -17,6 +17,8 @@ from torch import Tensor
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
+from pipeline.model.prefix import Prefix, attend_prefix, attend_rows, merge
+
 log = logging.getLogger(__name__)
 
 
@@ -33,6 +35,7 @@ class _Call:
 
 
 Attend = Callable[[Tensor, Tensor, Tensor, _Call], Tensor]  # query, key, value [T, H, K] -> [T, H, K]
+AttendLse = Callable[[Tensor, Tensor, Tensor, _Call], tuple[Tensor, Tensor]]  # and the log-sum-exp [T, H]
 
 
 def register_packed_attention(kernel: str, causal: bool, device_type: str, dtype: str, softcap: float | None) -> str:
@@ -48,13 +51,13 @@ def register_packed_attention(kernel: str, causal: bool, device_type: str, dtype
     """
     chosen = _choose_kernel(kernel, device_type, dtype, softcap)
     # transformers runs checks of its own on names that contain "sdpa" or "flash"; these kernels are not its own.
-    label, attend = {
-        "flash_attn": ("fa", _flash_attn),
-        "torch_varlen": ("varlen", _torch_varlen),
-        "sdpa": ("per_sequence", _sdpa),
+    label, attend, attend_lse = {
+        "flash_attn": ("fa", _flash_attn, _flash_attn_lse),
+        "torch_varlen": ("varlen", _torch_varlen, _torch_varlen_lse),
+        "sdpa": ("per_sequence", _sdpa, _sdpa_lse),
     }[chosen]
     name = f"packed_{label}_{'causal' if causal else 'bidirectional'}"
-    AttentionInterface.register(name, functools.partial(_packed_attention, attend, causal))
+    AttentionInterface.register(name, functools.partial(_packed_attention, attend, attend_lse, causal))
     AttentionMaskInterface.register(name, _no_mask)
     log.info("attention kernel: %s (asked for: %s), %s", chosen, kernel, "causal" if causal else "bidirectional")
     return name
@@ -91,6 +94,7 @@ def _no_mask(*args: Any, **kwargs: Any) -> None:
 
 def _packed_attention(
     attend: Attend,
+    attend_lse: AttendLse,
     causal: bool,
     module: torch.nn.Module,
     query: Tensor,
@@ -104,6 +108,7 @@ def _packed_attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     dropout: float = 0.0,
+    prefix: Prefix | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """What transformers calls in every layer: query [1, H, T, K], key, value with fewer heads; gives [1, T, H, K]."""
@@ -112,11 +117,21 @@ def _packed_attention(
     if kwargs.get("s_aux") is not None:
         raise ValueError("the model has attention sinks, which packed attention does not know")
     # Both sides of a window count the token itself in transformers: `sliding_window` tokens in all.
-    window = sliding_window - 1 if sliding_window is not None and sliding_window < max_length_q else None
+    longest = max_length_q + (prefix.length if prefix is not None and prefix.is_full else 0)
+    window = sliding_window - 1 if sliding_window is not None and sliding_window < longest else None
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     call = _Call(cu_seq_lens_q, max_length_q, scale, causal, window, softcap)
-    out = attend(query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1), call)
-    return out[None], None
+    query_THK, key_TGK, value_TGK = (x[0].transpose(0, 1) for x in (query, key, value))
+    layer: Any = getattr(module, "layer_idx", None)
+    if prefix is None or not prefix.is_full:
+        out = attend(query_THK, key_TGK, value_TGK, call)
+        if prefix is not None:
+            prefix.add(layer, key_TGK, value_TGK)
+        return out[None], None
+    assert causal and window is None and not softcap, "why_no_prefix comes first"
+    own, own_lse = attend_lse(query_THK, key_TGK, value_TGK, call)
+    shared, shared_lse = attend_prefix(query_THK, prefix.keys[layer], prefix.values[layer], scale)
+    return merge(own, own_lse, shared, shared_lse)[None], None
 
 
 def _flash_attn(query_THK: Tensor, key_THK: Tensor, value_THK: Tensor, call: _Call) -> Tensor:
@@ -163,6 +178,58 @@ def _torch_varlen(query_THK: Tensor, key_THK: Tensor, value_THK: Tensor, call: _
     )
     assert isinstance(out, Tensor)
     return out
+
+
+def _flash_attn_lse(query_THK: Tensor, key_THK: Tensor, value_THK: Tensor, call: _Call) -> tuple[Tensor, Tensor]:
+    from flash_attn import flash_attn_varlen_func
+
+    out, lse, _ = flash_attn_varlen_func(
+        query_THK,
+        key_THK,
+        value_THK,
+        call.cu_seqlens,
+        call.cu_seqlens,
+        call.max_seqlen,
+        call.max_seqlen,
+        softmax_scale=call.scale,
+        causal=True,
+        return_attn_probs=True,
+    )
+    return out, lse.transpose(0, 1)  # flash-attn 2.7 and later give [H, T]
+
+
+def _torch_varlen_lse(query_THK: Tensor, key_THK: Tensor, value_THK: Tensor, call: _Call) -> tuple[Tensor, Tensor]:
+    from torch.nn.attention.varlen import AuxRequest, varlen_attn
+
+    groups = query_THK.shape[1] // key_THK.shape[1]
+    if groups > 1:
+        key_THK, value_THK = (x.repeat_interleave(groups, dim=1) for x in (key_THK, value_THK))
+    ends, longest = call.cu_seqlens, call.max_seqlen
+    found = varlen_attn(
+        query_THK,
+        key_THK,
+        value_THK,
+        ends,
+        ends,
+        longest,
+        longest,
+        return_aux=AuxRequest(lse=True),
+        scale=call.scale,
+        window_size=(-1, 0),
+    )
+    out, lse = found
+    # torch's documentation says [T, H], its kernel's [H, T].
+    return out, lse if lse.shape == out.shape[:2] else lse.transpose(0, 1)
+
+
+def _sdpa_lse(query_THK: Tensor, key_THK: Tensor, value_THK: Tensor, call: _Call) -> tuple[Tensor, Tensor]:
+    groups = query_THK.shape[1] // key_THK.shape[1]
+    if groups > 1:
+        key_THK, value_THK = (x.repeat_interleave(groups, dim=1) for x in (key_THK, value_THK))
+    parts = [x.transpose(0, 1)[None].split(call.cu_seqlens.diff().tolist(), 2) for x in (query_THK, key_THK, value_THK)]
+    found = [attend_rows(q, k, v, call.scale, causal=True) for q, k, v in zip(*parts, strict=True)]
+    out, lse = (torch.cat([pair[i] for pair in found], dim=2)[0].transpose(0, 1) for i in (0, 1))
+    return out, lse
 
 
 def _sdpa(query_THK: Tensor, key_THK: Tensor, value_THK: Tensor, call: _Call) -> Tensor:

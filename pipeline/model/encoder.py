@@ -21,6 +21,7 @@ from transformers import AutoConfig, AutoModel, PretrainedConfig
 from embed_kernels import Impl, gather_last_token, require_impl
 from pipeline.model.attention import register_packed_attention
 from pipeline.model.last_layer import keep_last_rows
+from pipeline.model.prefix import Prefix
 from pipeline.settings import LoraSettings, ModelSettings
 
 log = logging.getLogger(__name__)
@@ -57,8 +58,9 @@ class MarkerEmbedding(nn.Module):
 class Encoder(nn.Module):
     """A decoder and a pooling; the decoder is a transformers model, or a PEFT model around one."""
 
-    def __init__(self, decoder: nn.Module, pooling: str, kernels: Impl = "auto") -> None:
+    def __init__(self, decoder: nn.Module, pooling: str, kernels: Impl = "auto", causal: bool = True) -> None:
         super().__init__()
+        self.causal = causal
         self.decoder = decoder
         self.kernels = kernels
         self.pooling = pooling
@@ -70,8 +72,20 @@ class Encoder(nn.Module):
         config: Any = self.decoder.config
         return int(config.hidden_size)
 
-    def forward(self, input_ids_T: Tensor, position_ids_T: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
-        """embeddings_SD, fp32, L2-normalised, for the S sequences that `cu_seqlens` (int32, S + 1) cuts out."""
+    def forward(
+        self,
+        input_ids_T: Tensor,
+        position_ids_T: Tensor,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        prefix: Prefix | None = None,
+    ) -> Tensor:
+        """embeddings_SD, fp32, L2-normalised, for the S sequences that `cu_seqlens` (int32, S + 1) cuts out.
+
+        `prefix` stands before every sequence, whose position ids then begin at its length. One that is not full yet is
+        filled: the call's only sequence is the prefix. See `why_no_prefix`.
+        """
+        options: dict[str, Any] = {} if prefix is None else {"prefix": prefix}
         hidden = self.decoder(
             input_ids=input_ids_T[None],
             position_ids=position_ids_T[None],
@@ -81,13 +95,31 @@ class Encoder(nn.Module):
             cu_seq_lens_k=cu_seqlens,
             max_length_q=max_seqlen,
             max_length_k=max_seqlen,
+            **options,
         ).last_hidden_state[0]  # [T, D], or [S, D] where the last layer gives only what is read
+        if prefix is not None:
+            prefix.is_full = True
         if self.pooling == "mean":
             return _mean_pool(hidden, cu_seqlens)
         last_S = cu_seqlens[1:].long() - 1
         if self.gives_last_rows:
             last_S = torch.arange(len(last_S), device=hidden.device)
         return gather_last_token(hidden, last_S, impl=self.kernels)
+
+
+def why_no_prefix(encoder: Any, longest: int) -> str:
+    """Why sequences of up to `longest` tokens cannot share the keys and values of a prefix; "" where they can."""
+    config = encoder.decoder.config
+    if not encoder.causal:
+        return "the model attends both ways: what follows a prefix changes it"
+    if encoder.pooling != "last":
+        return f"{encoder.pooling} pooling reads the prefix's own outputs"
+    if getattr(config, "attn_logit_softcapping", None):
+        return "the model caps attention scores"
+    window = getattr(config, "sliding_window", None)
+    if window is not None and window < longest and getattr(config, "use_sliding_window", True):
+        return f"prompts of {longest} tokens are longer than the model's window of {window}"
+    return ""
 
 
 def _mean_pool(hidden_TD: Tensor, cu_seqlens: Tensor) -> Tensor:
@@ -147,7 +179,7 @@ def load_encoder(
         # The reentrant form re-runs a layer as one autograd node, which ZeRO-3's gather hooks need.
         decoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
         decoder.enable_input_require_grads()
-    return Encoder(decoder, model.pooling, model.embed_kernels)
+    return Encoder(decoder, model.pooling, model.embed_kernels, causal)
 
 
 def _require_packable(config: PretrainedConfig) -> None:
