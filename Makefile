@@ -2,7 +2,7 @@
 SHELL := /usr/bin/env bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help install test format demo prove-main prove-kernels prove-data prove-trainer clean
+.PHONY: help install test format demo prove-main prove-kernels prove-data prove-trainer prove-inference clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -68,6 +68,9 @@ prove-kernels: $(STAMP)  ## check what the README says of the kernels (GPU rows 
 
 prove-data: $(STAMP)  ## check what the README says of data of any size (DATA=folder with training data; about an hour)
 	$(BIN)/python benchmarks/prove.py data $(if $(DATA),--data $(DATA))
+
+prove-inference: $(STAMP)  ## check what the README says of examples' cost at inference and of exports (minutes)
+	$(BIN)/python benchmarks/prove.py inference
 
 prove-trainer: $(STAMP)  ## check what the README says of training runs (DATA=folder with training data; about an hour)
 	$(BIN)/python benchmarks/prove.py trainer $(if $(DATA),--data $(DATA))

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from prove_data import prove_data
+from prove_inference import prove_inference
 from prove_trainer import prove_trainer
 from proving import (
     REPOSITORY,
@@ -273,7 +274,7 @@ def compare_ways(claim: str, target: str, ways: dict[str, Row], limit_ms: float 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("topic", choices=["main", "kernels", "data", "trainer"])
+    parser.add_argument("topic", choices=["main", "kernels", "data", "trainer", "inference"])
     parser.add_argument("--data", type=Path, default=QUICKSTART / "data", help="folder of raw training files")
     parser.add_argument("--only", default="", help="one part of the topic trainer, for example kills")
     arguments = parser.parse_args(argv)
@@ -286,6 +287,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         rows = prove_data(arguments.data)
     elif arguments.topic == "trainer":
         rows = prove_trainer(arguments.data, arguments.only)
+    elif arguments.topic == "inference":
+        rows = prove_inference()
     else:
         rows = prove_kernels()
     name = f"{arguments.topic}_{arguments.only}" if arguments.only else arguments.topic
