@@ -13,6 +13,7 @@ COMMANDS = {
     "score": ("pipeline.score_rows", "let a teacher score rows, for distillation"),
     "plan": ("pipeline.plan_run", "show what a training run will do, without running it"),
     "train": ("pipeline.train", "train an embedder (several ranks: deepspeed pipeline/train.py)"),
+    "export": ("pipeline.export_model", "write a trained embedder for PEFT, transformers and sentence-transformers"),
     "evaluate": ("pipeline.evaluate_embedder", "score a model zero-shot and few-shot"),
 }
 

@@ -13,6 +13,9 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
+
+from pipeline.inference.gate import GATE_FILE
 from pipeline.inference.saving import save_model
 from pipeline.runtime.engine import read_state, start_distributed, stop_distributed
 from pipeline.runtime.ranks import Ranks, read_ranks, share_cores, together
@@ -27,6 +30,7 @@ from pipeline.runtime.watch import (
     stop_watching_signals,
 )
 from pipeline.settings import load_settings
+from pipeline.training.evaluating import embed_gate_texts
 from pipeline.training.run import Run, set_up
 from pipeline.training.steps import resume, train_steps
 
@@ -45,10 +49,11 @@ def train(run: Run) -> None:
     with ThreadPoolExecutor(1) as loader:
         state = train_steps(run, resume(run), loader)
     mark(run.watch, "writing the model")
-    trainable = read_state(run.engine, moments=False)
+    trainable, gate_ND = read_state(run.engine, moments=False), embed_gate_texts(run)
 
     def write() -> None:
         save_model(out / "model", run.encoder, trainable, run.tokenizer, run.settings, run.store)
+        np.save(out / "model" / GATE_FILE, gate_ND)
         plot_losses(out / "metrics.jsonl", out / "loss.png")
 
     together(lambda: write() if ranks.is_first else None, ranks)

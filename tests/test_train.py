@@ -21,6 +21,7 @@ from pipeline.data.store import open_store, read_manifest
 from pipeline.evaluation.during import is_best, is_scored, record_scores
 from pipeline.inference.description import read_description
 from pipeline.inference.embedder import load_base_embedder, load_embedder
+from pipeline.inference.gate import GATE_FILE, gate_embeddings
 from pipeline.model.encoder import choose_trained, load_encoder, trainable_parameters
 from pipeline.model.flop import Work, executed_flop
 from pipeline.model.shapes import read_shape
@@ -87,6 +88,9 @@ def test_run_folder_holds_everything(whole_run):
     assert read_description(out / "model").matryoshka_dims == (16,)
     adapter = load_file(out / "model" / "adapter_model.safetensors")
     assert all(value.norm() > 0 for name, value in adapter.items() if "lora_B" in name)
+    # What the engine gave on two ranks under ZeRO-3 is what the saved model gives.
+    gate_ND = np.load(out / "model" / GATE_FILE)
+    np.testing.assert_allclose(gate_embeddings(load_embedder(out, show_progress=False)), gate_ND, atol=1e-5)
 
 
 def test_arithmetic_profile_and_tracker_of_a_run(recipe, whole_run):

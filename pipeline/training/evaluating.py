@@ -3,10 +3,14 @@
 import functools
 import logging
 import time
+from collections.abc import Callable
+
+import numpy as np
 
 from pipeline.data.composing import Limits
 from pipeline.evaluation.during import is_best, is_scored, record_scores, score_task
 from pipeline.inference.embedder import FewShotEmbedder
+from pipeline.inference.gate import gate_embeddings
 from pipeline.inference.saving import save_model
 from pipeline.runtime.checkpoint import TrainState
 from pipeline.runtime.engine import read_state
@@ -28,6 +32,26 @@ def must_make_up(run: Run, step: int) -> bool:
     return is_due(run, step) and not from_first(run.ranks.is_first and is_scored(run.out, step), run.ranks)
 
 
+def embed_gate_texts(run: Run) -> np.ndarray:
+    """What the engine makes of the export gate's texts, on every rank: the truth that an export is compared with."""
+    run.engine.eval()
+    return gate_embeddings(_embedder(run, lambda: mark(run.watch, "the texts of the export gate")))
+
+
+def _embedder(run: Run, before_pass: Callable[[], None]) -> FewShotEmbedder:
+    """The engine as an embedder, all ranks together; a new one for each state of the weights."""
+    return FewShotEmbedder(
+        encoder=run.engine,
+        tokenizer=run.tokenizer,
+        limits=Limits.from_settings(run.settings.preprocess),
+        device=run.ranks.device,
+        chunk_tokens=run.settings.run.chunk_tokens,
+        show_progress=False,
+        place=(run.ranks.rank, run.ranks.world_size),
+        before_pass=before_pass,
+    )
+
+
 def evaluate(run: Run, state: TrainState) -> float:
     """Score the model as it is on the recipe's tasks, all ranks together; the best one stands in best_model/. Returns
     the seconds.
@@ -36,16 +60,8 @@ def evaluate(run: Run, state: TrainState) -> float:
         StopRequested: as in a step, before any forward pass.
     """
     started, ranks, settings = time.perf_counter(), run.ranks, run.settings
-    embedder = FewShotEmbedder(
-        encoder=run.engine,
-        tokenizer=run.tokenizer,
-        limits=Limits.from_settings(settings.preprocess),
-        device=ranks.device,
-        chunk_tokens=settings.run.chunk_tokens,
-        show_progress=False,
-        place=(ranks.rank, ranks.world_size),
-        before_pass=lambda: pass_boundary(run.watch, f"an evaluation after {state.step} steps"),
-    )
+    place = f"an evaluation after {state.step} steps"
+    embedder = _embedder(run, lambda: pass_boundary(run.watch, place))
     run.engine.eval()
     scores: dict[str, float] = {}
     for task in run.tasks:

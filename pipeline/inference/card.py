@@ -1,0 +1,76 @@
+"""README.md of an exported model: what it is, what it was trained on, what it scores, how to use it."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from pipeline.inference.description import read_description
+from pipeline.inference.gate import ADAPTER, MERGED, SENTENCE_TRANSFORMERS, Check
+
+
+def model_card(run: Path, folder: Path, checks: Sequence[Check], prompt_end: str) -> str:
+    """The card as Markdown. `prompt_end`: what follows a query's text."""
+    description = read_description(folder / ADAPTER)
+    limits = description.limits
+    examples = json.loads((folder / ADAPTER / "examples.json").read_text(encoding="utf-8"))
+    tasks = {name: rows[0]["instruction"] for name, rows in examples.items() if rows}
+    first = next(iter(tasks), "")
+    table = "\n".join(f"| `{name}` | {instruction} |" for name, instruction in tasks.items())
+    gate = "\n".join(f"| {check.name} | {check.value:.6f} | {check.least:g} |" for check in checks)
+    settings = run / "settings.yaml"
+    recipe = f"\n## Recipe\n\n```yaml\n{settings.read_text(encoding='utf-8')}```\n" if settings.is_file() else ""
+    base = Path(description.model.name).name if description.model.trained == "lora" else "(all weights were trained)"
+    return f"""# A few-shot text embedder
+
+Trained with bge-icl-train by the method of *Making Text Embedders Few-Shot Learners*
+([arXiv 2409.15700](https://arxiv.org/abs/2409.15700)). Base model: {base}; pooling: {description.model.pooling} token;
+attention: {description.model.attention}; embeddings are L2-normalised.
+
+Limits in tokens: query {limits.max_query_tokens}, passage {limits.max_passage_tokens}, prompt with examples
+{limits.max_prompt_tokens}.
+
+## Use
+
+```python
+from pipeline.inference.embedder import load_embedder
+
+embedder = load_embedder("{MERGED}")  # or "{ADAPTER}", which needs the base model
+task = "{tasks.get(first, "what the task asks for")}"
+queries = embedder.encode_queries(["..."], task, examples=[("a query", "its answer")])
+passages = embedder.encode_passages(["..."])
+```
+
+With sentence-transformers a query is its prompt, its text and `{prompt_end!r}`; EOS is added by the tokenizer.
+A passage stands alone.
+
+```python
+from sentence_transformers import SentenceTransformer
+
+model = SentenceTransformer("{SENTENCE_TRANSFORMERS}")
+queries = model.encode([text + {prompt_end!r} for text in texts], prompt_name="{first}, few-shot")
+passages = model.encode(passages)
+```
+
+## Training sets
+
+| set | instruction |
+|---|---|
+{table}
+{_scores(run)}{recipe}
+## Checked when it was exported
+
+Lowest cosine to the trained model over fixed texts in many scripts, as queries, few-shot queries and passages.
+
+| form | measured | at least |
+|---|---|---|
+{gate}
+"""
+
+
+def _scores(run: Path) -> str:
+    path = run / "scores.json"
+    if not path.is_file():
+        return ""
+    rows = json.loads(path.read_text(encoding="utf-8"))
+    lines = "\n".join(f"| {r['model']} | {r['task']} | {r['mode']} | {r['metric']} | {r['value']:.4f} |" for r in rows)
+    return f"\n## Scores\n\n| model | task | mode | metric | value |\n|---|---|---|---|---|\n{lines}\n"

@@ -1,0 +1,97 @@
+"""A trained embedder in the forms that others load: PEFT's adapter, one whole model, sentence-transformers' folder.
+
+adapter/                 the run's model/ folder as it is: adapter on its base model, marker rows, tokenizer
+merged/                  adapters folded into the weights, marker rows into the table; transformers, load_embedder
+sentence-transformers/   the same with last-token pooling, L2 and one prompt a training set, by sentence-transformers
+README.md                model card
+"""
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from tokenizers.processors import TemplateProcessing
+
+from pipeline.data.tokenizing import load_tokenizer
+from pipeline.inference.description import DESCRIPTION_FILE, read_description
+from pipeline.inference.embedder import FewShotEmbedder, load_embedder
+from pipeline.model.encoder import MarkerEmbedding
+from pipeline.prompts import render_query
+
+
+def write_merged(model: Path, folder: Path) -> None:
+    """One whole model from a run's model/ folder, in the type that it was trained in."""
+    embedder = load_embedder(model, show_progress=False)
+    decoder = embedder.encoder.decoder
+    if isinstance(decoder, PeftModel):
+        decoder = decoder.merge_and_unload()
+    weights = {name: value for name, value in decoder.state_dict().items() if "embed_tokens" not in name}
+    table = whole_table(decoder.get_input_embeddings())
+    weights["embed_tokens.weight"] = table
+    decoder.config.vocab_size = len(table)
+    decoder.config._attn_implementation = None
+    decoder.save_pretrained(folder, state_dict=weights, max_shard_size="5GB")
+    embedder.tokenizer.tokenizer.save_pretrained(folder)
+    tree = json.loads((model / DESCRIPTION_FILE).read_text(encoding="utf-8"))
+    # Every marker is a row of the table now.
+    tree["prompt_tokens"]["marker_subtokens"] = [[] for _ in tree["prompt_tokens"]["marker_subtokens"]]
+    tree |= {"trained": "full", "num_layers": None}
+    (folder / DESCRIPTION_FILE).write_text(json.dumps(tree, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    shutil.copy(model / "examples.json", folder)
+
+
+def whole_table(table: Any) -> torch.Tensor:
+    """The table of input embeddings [V, D] with rows for the template's markers."""
+    if not isinstance(table, MarkerEmbedding):
+        return table.weight.detach()
+    base: Any = table.base
+    ids_M = table.marker_ids_M
+    whole_VD = base.weight.new_zeros(max(len(base.weight), int(ids_M.max()) + 1), base.weight.shape[1])
+    whole_VD[: len(base.weight)] = base.weight
+    # Gemma multiplies what it looks up; marker rows are what comes out.
+    scale = getattr(base, "embed_scale", torch.ones(()))
+    whole_VD[ids_M] = (table.marker_rows.detach().float() / scale.float()).to(whole_VD.dtype)
+    return whole_VD
+
+
+def write_sentence_transformers(merged: Path, folder: Path, prompts: Mapping[str, str]) -> None:
+    """The merged model for sentence-transformers: EOS is put behind every text by the tokenizer, as training does."""
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.models import Normalize, Pooling, Transformer
+
+    description = read_description(merged)
+    work = folder.with_name(f".partial-{folder.name}")
+    shutil.copytree(merged, work)
+    pt = load_tokenizer(str(merged), description.template)
+    tokenizer: Any = pt.tokenizer
+    eos, bos = tokenizer.eos_token, tokenizer.bos_token if description.tokens.bos else None
+    special = [(eos, tokenizer.eos_token_id), *([(bos, tokenizer.bos_token_id)] if bos else [])]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{f'{bos} ' if bos else ''}$A {eos}", special_tokens=special
+    )
+    tokenizer.save_pretrained(work)
+    limits = description.limits
+    longest = max(limits.max_prompt_tokens, limits.max_passage_tokens)
+    transformer = Transformer(str(work), max_seq_length=longest)
+    pooling = Pooling(transformer.get_embedding_dimension(), pooling_mode="lasttoken")
+    model = SentenceTransformer(modules=[transformer, pooling, Normalize()], prompts=dict(prompts))
+    model.save(str(folder))
+    shutil.rmtree(work)
+
+
+def prompts_of(embedder: FewShotEmbedder, examples: Mapping[str, Sequence[Mapping[str, str]]], shots: int) -> Any:
+    """`<dataset>` and `<dataset>, few-shot` -> what stands before a query; and what must follow it."""
+    found, end = {}, ""
+    for name, rows in examples.items():
+        if not rows:
+            continue
+        instruction = rows[0]["instruction"]
+        shown = [(r["instruction"], r["query"], r["response"]) for r in rows[:shots]]
+        for label, ones in ((name, []), (f"{name}, few-shot", shown)):
+            text = render_query(embedder.tokenizer.template, instruction, "\x00", ones)
+            found[label], _, end = text.partition("\x00")
+    return found, end
