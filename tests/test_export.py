@@ -25,6 +25,8 @@ Trained = tuple[Path, FewShotEmbedder]
 def run(trained: Trained) -> Path:  # noqa: F811
     """A run folder with examples of one training set and what the engine made of the gate's texts."""
     folder, embedder = trained
+    # As instruction-tuned models have one, which sentence-transformers would put every text into.
+    (folder / "model" / "chat_template.jinja").write_text("chat: {{ messages[0]['content'] }}")
     rows = [{"instruction": INSTRUCTION, "query": query, "response": response} for query, response in EXAMPLES]
     (folder / "model" / "examples.json").write_text(json.dumps({"tiny": rows}))
     np.save(folder / "model" / GATE_FILE, gate_embeddings(embedder))

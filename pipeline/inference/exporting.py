@@ -73,6 +73,9 @@ def write_sentence_transformers(merged: Path, folder: Path, prompts: Mapping[str
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single=f"{f'{bos} ' if bos else ''}$A {eos}", special_tokens=special
     )
+    # Where there is a chat template, sentence-transformers would put every text into it.
+    tokenizer.chat_template = None
+    (work / "chat_template.jinja").unlink(missing_ok=True)
     tokenizer.save_pretrained(work)
     limits = description.limits
     longest = max(limits.max_prompt_tokens, limits.max_passage_tokens)
