@@ -42,7 +42,7 @@ def cost(record: Row) -> list[Row]:
 
 def gate() -> list[Row]:
     """Export the quickstart's model; the gate prints one line a form."""
-    claim = "every exported form of the quickstart's model (bf16) against the trained engine, lowest cosine"
+    claim = "every exported form of the quickstart's model against the trained engine, lowest cosine"
     if not (RUN / "model").is_dir():
         return [row(claim, "at least 0.9999", "not shown: run make demo first", None)]
     out = WORK / "export"
