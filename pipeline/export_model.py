@@ -15,9 +15,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline.inference.card import model_card
-from pipeline.inference.embedder import load_embedder
+from pipeline.inference.description import read_description
 from pipeline.inference.exporting import prompts_of, write_merged, write_sentence_transformers
 from pipeline.inference.gate import ADAPTER, MERGED, SENTENCE_TRANSFORMERS, run_gate
+from pipeline.settings import ModelSettings
 
 log = logging.getLogger("export")
 
@@ -27,9 +28,7 @@ def export(run: Path, out: Path, shots: int) -> None:
     model = run / "model" if (run / "model").is_dir() else run
     if out.exists():
         raise ValueError(f"--out {out} exists; name a new folder, or remove it")
-    embedder = load_embedder(model, show_progress=False)
-    examples = json.loads((model / "examples.json").read_text(encoding="utf-8"))
-    prompts, end = prompts_of(embedder, examples, shots)
+    description = read_description(model)
 
     partial = out.with_name(f".partial-{out.name}")
     shutil.rmtree(partial, ignore_errors=True)
@@ -37,21 +36,32 @@ def export(run: Path, out: Path, shots: int) -> None:
     shutil.copytree(model, partial / ADAPTER)
     log.info("merging into whole weights")
     write_merged(model, partial / MERGED)
-    if importlib.util.find_spec("sentence_transformers") is None:
-        log.warning("no %s/: sentence-transformers is not installed", SENTENCE_TRANSFORMERS)
+    if reason := why_no_sentence_transformers(description.model):
+        log.warning("no %s/: %s", SENTENCE_TRANSFORMERS, reason)
     else:
+        examples = json.loads((model / "examples.json").read_text(encoding="utf-8"))
+        prompts = prompts_of(description.template, examples, shots)
         write_sentence_transformers(partial / MERGED, partial / SENTENCE_TRANSFORMERS, prompts)
 
-    checks = run_gate(model, partial, end)
+    checks = run_gate(model, partial)
     for check in checks:
         log.info("%-36s %.6f (at least %g) %s", check.name, check.value, check.least, "" if check.holds else "FAILS")
     if failed := [check for check in checks if not check.holds]:
         shutil.rmtree(partial)
         worst = "; ".join(f"{c.name}: {c.value:.6f}, at least {c.least:g}" for c in failed)
         raise ValueError(f"the export of {model} differs from the trained model ({worst}); nothing was written")
-    (partial / "README.md").write_text(model_card(run, partial, checks, end), encoding="utf-8")
+    (partial / "README.md").write_text(model_card(run, partial, checks), encoding="utf-8")
     partial.rename(out)
     log.info("exported to %s", out)
+
+
+def why_no_sentence_transformers(model: ModelSettings) -> str:
+    """Why that form is left out; "" where it is written."""
+    if importlib.util.find_spec("sentence_transformers") is None:
+        return "sentence-transformers is not installed"
+    if model.attention != "causal" or model.pooling != "last":
+        return f"it is written for causal attention and last-token pooling, not {model.attention} and {model.pooling}"
+    return ""
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -18,7 +18,7 @@ import numpy as np
 from pipeline.inference.gate import GATE_FILE
 from pipeline.inference.saving import save_model
 from pipeline.runtime.engine import read_state, start_distributed, stop_distributed
-from pipeline.runtime.ranks import Ranks, read_ranks, share_cores, together
+from pipeline.runtime.ranks import Ranks, by_first, read_ranks, share_cores
 from pipeline.runtime.runlog import plot_losses, set_up_logging
 from pipeline.runtime.watch import (
     NOT_FINITE,
@@ -49,14 +49,15 @@ def train(run: Run) -> None:
     with ThreadPoolExecutor(1) as loader:
         state = train_steps(run, resume(run), loader)
     mark(run.watch, "writing the model")
-    trainable, gate_ND = read_state(run.engine, moments=False), embed_gate_texts(run)
+    trainable = read_state(run.engine, moments=False)
 
     def write() -> None:
         save_model(out / "model", run.encoder, trainable, run.tokenizer, run.settings, run.store)
-        np.save(out / "model" / GATE_FILE, gate_ND)
         plot_losses(out / "metrics.jsonl", out / "loss.png")
 
-    together(lambda: write() if ranks.is_first else None, ranks)
+    by_first(write, ranks)
+    gate_ND = embed_gate_texts(run)
+    by_first(lambda: np.save(out / "model" / GATE_FILE, gate_ND), ranks)
     if ranks.is_first:
         tokens, without = f"{state.tokens_seen:,}", state.step - state.updates
         log.info("done: %d steps (%d without an update), %s tokens", state.step, without, tokens)

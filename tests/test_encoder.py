@@ -66,11 +66,14 @@ def test_torchs_varlen_attention_gets_heads_as_its_version_wants_them(version, m
     """The kernel itself needs a GPU: here a stand-in with the same signature, whose truth is one call a sequence."""
 
     def varlen_attn(query, key, value, ends, ends_of_keys, longest, longest_key, *, scale, window_size, **options):
+        wants_lse = options.pop("return_aux", None)
         assert options == ({"enable_gqa": True} if version >= (2, 12) else {})
         assert key.shape[1] == (2 if version >= (2, 12) else 6) and window_size == (-1, 0)
         groups = 6 // key.shape[1]
         key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
-        return attention._sdpa(query, key, value, attention._Call(ends, longest, scale, True, None, None))
+        call = attention._Call(ends, longest, scale, True, None, None)
+        out, lse_TH = attention._sdpa_lse(query, key, value, call)
+        return (out, lse_TH.T) if wants_lse else out
 
     monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", varlen_attn)
     monkeypatch.setattr(attention, "_torch_version", lambda: version)
@@ -78,6 +81,8 @@ def test_torchs_varlen_attention_gets_heads_as_its_version_wants_them(version, m
     query, key, value = (torch.randn(sum(LENGTHS), heads, 8) for heads in (6, 2, 2))
     call = attention._Call(pack(LENGTHS)[1], max(LENGTHS), 0.3, True, None, None)
     got, wanted = (attend(query, key, value, call) for attend in (attention._torch_varlen, attention._sdpa))
+    torch.testing.assert_close(got, wanted)
+    got, wanted = (attend(query, key, value, call) for attend in (attention._torch_varlen_lse, attention._sdpa_lse))
     torch.testing.assert_close(got, wanted)
 
 

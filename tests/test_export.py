@@ -7,16 +7,19 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_embedder import EXAMPLES, INSTRUCTION, PASSAGES, QUERIES, base, trained  # noqa: F401
+from test_embedder import EXAMPLES, INSTRUCTION, QUERIES, base, change_json, trained  # noqa: F401
 from test_encoder import FAMILIES, make_model
 from transformers import AutoModel, AutoTokenizer
 
 from pipeline import export_model
+from pipeline.data.tokenizing import load_tokenizer
 from pipeline.inference import exporting
 from pipeline.inference.embedder import FewShotEmbedder, load_embedder
 from pipeline.inference.gate import GATE_FILE, GATE_TEXTS, gate_embeddings
-from pipeline.model.encoder import MarkerEmbedding, load_encoder
+from pipeline.model.encoder import MarkerEmbedding, load_encoder, require_rows
+from pipeline.prompts import get_template
 from pipeline.settings import ModelSettings
+from pipeline.training.run import require_base
 
 Trained = tuple[Path, FewShotEmbedder]
 
@@ -49,6 +52,13 @@ def test_every_form_gives_the_trained_embeddings(run: Path, tmp_path: Path, caps
         loaded = load_embedder(out / name, show_progress=False)
         np.testing.assert_allclose(loaded.encode_queries(QUERIES, INSTRUCTION, EXAMPLES), wanted_ND, atol=1e-5)
 
+    # It can be the base of another run: its tokenizer has the markers, whose rows stay as they are.
+    require_base(str(out / "merged"))
+    again = load_tokenizer(str(out / "merged"), get_template("bge_en_icl"))
+    assert again.tokens.marker_subtokens == ((), (), ())
+    encoder = load_encoder(ModelSettings(name=str(out / "merged"), dtype="fp32"), again.tokens.marker_ids, ((),) * 3)
+    require_rows(encoder, again.largest_id)
+
     # The merged folder is a model of transformers like any other: no code of this project.
     decoder, tokenizer = AutoModel.from_pretrained(out / "merged"), AutoTokenizer.from_pretrained(out / "merged")
     prompts = json.loads((out / "sentence-transformers" / "config_sentence_transformers.json").read_text())["prompts"]
@@ -61,6 +71,17 @@ def test_every_form_gives_the_trained_embeddings(run: Path, tmp_path: Path, caps
 
     card = (out / "README.md").read_text()
     assert INSTRUCTION in card and "| merged | 1.000000 | 0.9999 |" in card and "'\\n<response>'" in card
+
+
+def test_what_is_left_out_is_said(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Mean pooling is no form for sentence-transformers here; best_model/ has no embeddings of the engine."""
+    (run / "model" / GATE_FILE).unlink()
+    change_json(run / "model" / "embedder.json", pooling="mean")
+    assert export(run, tmp_path / "out") == 0
+    printed = capsys.readouterr().out
+    assert "no sentence-transformers/: it is written for causal attention and last-token pooling" in printed
+    assert "gate.npy is missing: what was trained is compared as it was saved" in printed
+    assert not (tmp_path / "out" / "sentence-transformers").exists()
 
 
 @pytest.mark.parametrize("what", ["merged", "engine", "adapter"])

@@ -386,7 +386,7 @@ def test_a_changed_base_model_or_state_is_noticed(whole_run, recipe, tmp_path):
 
 def test_damaged_or_foreign_models_are_named(whole_run, recipe, tmp_path):
     settings = load_settings(recipe)
-    with pytest.raises(ValueError, match="is the model/ folder of a run, not a base model; .* set model.adapter="):
+    with pytest.raises(ValueError, match="is the model/ folder of a run, not a base model; .* model.adapter="):
         require_base(str(whole_run[0] / "model"))
     require_base(settings.model.name)
     for name, words in (

@@ -5,12 +5,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline.inference.description import read_description
-from pipeline.inference.gate import ADAPTER, MERGED, SENTENCE_TRANSFORMERS, Check
+from pipeline.inference.gate import ADAPTER, MERGED, SENTENCE_TRANSFORMERS, Check, around_query
 
 
-def model_card(run: Path, folder: Path, checks: Sequence[Check], prompt_end: str) -> str:
-    """The card as Markdown. `prompt_end`: what follows a query's text."""
+def model_card(run: Path, folder: Path, checks: Sequence[Check]) -> str:
+    """The card as Markdown."""
     description = read_description(folder / ADAPTER)
+    _, prompt_end = around_query(description.template, "", ())
     limits = description.limits
     examples = json.loads((folder / ADAPTER / "examples.json").read_text(encoding="utf-8"))
     tasks = {name: rows[0]["instruction"] for name, rows in examples.items() if rows}
@@ -20,6 +21,7 @@ def model_card(run: Path, folder: Path, checks: Sequence[Check], prompt_end: str
     settings = run / "settings.yaml"
     recipe = f"\n## Recipe\n\n```yaml\n{settings.read_text(encoding='utf-8')}```\n" if settings.is_file() else ""
     base = Path(description.model.name).name if description.model.trained == "lora" else "(all weights were trained)"
+    other = _sentence_transformers(prompt_end, first) if (folder / SENTENCE_TRANSFORMERS).is_dir() else ""
     return f"""# A few-shot text embedder
 
 Trained with bge-icl-train by the method of *Making Text Embedders Few-Shot Learners*
@@ -40,18 +42,7 @@ queries = embedder.encode_queries(["..."], task, examples=[("a query", "its answ
 passages = embedder.encode_passages(["..."])
 ```
 
-With sentence-transformers a query is its prompt, its text and `{prompt_end!r}`; EOS is added by the tokenizer.
-A passage stands alone.
-
-```python
-from sentence_transformers import SentenceTransformer
-
-model = SentenceTransformer("{SENTENCE_TRANSFORMERS}")
-queries = model.encode([text + {prompt_end!r} for text in texts], prompt_name="{first}, few-shot")
-passages = model.encode(passages)
-```
-
-## Training sets
+{other}## Training sets
 
 | set | instruction |
 |---|---|
@@ -64,6 +55,21 @@ Lowest cosine to the trained model over fixed texts in many scripts, as queries,
 | form | measured | at least |
 |---|---|---|
 {gate}
+"""
+
+
+def _sentence_transformers(prompt_end: str, first: str) -> str:
+    return f"""With sentence-transformers a query is its prompt, its text and `{prompt_end!r}`; the tokenizer adds EOS.
+A passage stands alone.
+
+```python
+from sentence_transformers import SentenceTransformer
+
+model = SentenceTransformer("{SENTENCE_TRANSFORMERS}")
+queries = model.encode([text + {prompt_end!r} for text in texts], prompt_name="{first}, few-shot")
+passages = model.encode(passages)
+```
+
 """
 
 

@@ -18,9 +18,10 @@ from tokenizers.processors import TemplateProcessing
 
 from pipeline.data.tokenizing import load_tokenizer
 from pipeline.inference.description import DESCRIPTION_FILE, read_description
-from pipeline.inference.embedder import FewShotEmbedder, load_embedder
+from pipeline.inference.embedder import load_embedder
+from pipeline.inference.gate import around_query
 from pipeline.model.encoder import MarkerEmbedding
-from pipeline.prompts import render_query
+from pipeline.prompts import Template
 
 
 def write_merged(model: Path, folder: Path) -> None:
@@ -86,15 +87,14 @@ def write_sentence_transformers(merged: Path, folder: Path, prompts: Mapping[str
     shutil.rmtree(work)
 
 
-def prompts_of(embedder: FewShotEmbedder, examples: Mapping[str, Sequence[Mapping[str, str]]], shots: int) -> Any:
-    """`<dataset>` and `<dataset>, few-shot` -> what stands before a query; and what must follow it."""
-    found, end = {}, ""
+def prompts_of(template: Template, examples: Mapping[str, Sequence[Mapping[str, str]]], shots: int) -> dict[str, str]:
+    """`<dataset>` and `<dataset>, few-shot` -> what stands before a query; `shots` of its examples at most."""
+    found = {}
     for name, rows in examples.items():
         if not rows:
             continue
         instruction = rows[0]["instruction"]
         shown = [(r["instruction"], r["query"], r["response"]) for r in rows[:shots]]
         for label, ones in ((name, []), (f"{name}, few-shot", shown)):
-            text = render_query(embedder.tokenizer.template, instruction, "\x00", ones)
-            found[label], _, end = text.partition("\x00")
-    return found, end
+            found[label], _ = around_query(template, instruction, ones)
+    return found

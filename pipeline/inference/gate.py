@@ -1,6 +1,8 @@
 """The gate of an export: fixed texts through every form of a model, compared with the trained one."""
 
 import dataclasses
+import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +12,8 @@ from pipeline.data.tokenizing import PromptTokenizer, load_tokenizer, tokenize_p
 from pipeline.inference.description import read_description
 from pipeline.inference.embedder import FewShotEmbedder, load_embedder
 from pipeline.prompts import Template, render_passage, render_query
+
+log = logging.getLogger(__name__)
 
 ADAPTER, MERGED, SENTENCE_TRANSFORMERS = "adapter", "merged", "sentence-transformers"
 
@@ -110,7 +114,13 @@ class Check:
         return self.value >= self.least
 
 
-def run_gate(model: Path, out: Path, prompt_end: str) -> list[Check]:
+def around_query(template: Template, instruction: str, examples: Sequence[tuple[str, str, str]]) -> tuple[str, str]:
+    """What stands before a query's text, and behind it (EOS aside)."""
+    before, _, behind = render_query(template, instruction, "\x00", examples).partition("\x00")
+    return before, behind
+
+
+def run_gate(model: Path, out: Path) -> list[Check]:
     """Compare what was exported with the run's model, form by form, on fixed texts."""
     truth_ND = gate_embeddings(load_embedder(model, show_progress=False))
     description = read_description(model)
@@ -118,22 +128,23 @@ def run_gate(model: Path, out: Path, prompt_end: str) -> list[Check]:
     if description.model.trained == "lora":
         checks.append(Check("norm of the adapter's B matrices", adapter_norm(model), 1e-6))
     engine = model / GATE_FILE
-    if engine.is_file():
+    if not engine.is_file():
+        log.warning("%s is missing: what was trained is compared as it was saved, not with the engine", engine)
+    else:
         checks.append(Check("the engine at the end of training", lowest_cosine(truth_ND, np.load(engine)), LEAST))
     for name in (ADAPTER, MERGED):
         found_ND = gate_embeddings(load_embedder(out / name, show_progress=False))
         checks.append(Check(name, lowest_cosine(truth_ND, found_ND), LEAST))
     if (out / SENTENCE_TRANSFORMERS).is_dir():
-        found_ND = sentence_transformers_embeddings(
-            out / SENTENCE_TRANSFORMERS, description.template, description.limits, prompt_end
-        )
+        folder = out / SENTENCE_TRANSFORMERS
+        found_ND = sentence_transformers_embeddings(folder, description.template, description.limits)
         checks.append(Check(SENTENCE_TRANSFORMERS, lowest_cosine(truth_ND, found_ND), LEAST))
     tokenizers = [load_tokenizer(str(out / name), description.template).fingerprint for name in (ADAPTER, MERGED)]
     checks.append(Check("tokenizer round trip", float(set(tokenizers) == {description.fingerprint}), 1.0))
     return checks
 
 
-def sentence_transformers_embeddings(folder: Path, template: Template, limits: Limits, end: str) -> np.ndarray:
+def sentence_transformers_embeddings(folder: Path, template: Template, limits: Limits) -> np.ndarray:
     """The gate's texts through sentence-transformers, by the prompts that a user of the folder would set."""
     from sentence_transformers import SentenceTransformer
 
@@ -141,7 +152,7 @@ def sentence_transformers_embeddings(folder: Path, template: Template, limits: L
     inputs = gate_inputs(load_tokenizer(str(folder), template), limits)
     parts = []
     for shown in ([], [(inputs.instruction, *example) for example in inputs.examples]):
-        start = render_query(template, inputs.instruction, "\x00", shown).partition("\x00")[0]
+        start, end = around_query(template, inputs.instruction, shown)
         parts.append(model.encode([text + end for text in inputs.texts], prompt=start, show_progress_bar=False))
     passages = [render_passage(template, text) for text in inputs.texts]
     parts.append(model.encode(passages, show_progress_bar=False))

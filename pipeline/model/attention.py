@@ -135,6 +135,16 @@ def _packed_attention(
 
 
 def _flash_attn(query_THK: Tensor, key_THK: Tensor, value_THK: Tensor, call: _Call) -> Tensor:
+    return _call_flash_attn(query_THK, key_THK, value_THK, call)
+
+
+def _flash_attn_lse(query_THK: Tensor, key_THK: Tensor, value_THK: Tensor, call: _Call) -> tuple[Tensor, Tensor]:
+    out, lse_HT, _ = _call_flash_attn(query_THK, key_THK, value_THK, call, return_attn_probs=True)
+    assert lse_HT.shape == query_THK.shape[1::-1], "flash-attn before 2.7 gives another form"
+    return out, lse_HT.transpose(0, 1)
+
+
+def _call_flash_attn(query_THK: Tensor, key_THK: Tensor, value_THK: Tensor, call: _Call, **options: Any) -> Any:
     from flash_attn import flash_attn_varlen_func
 
     sides = (-1, -1) if call.window is None else (call.window, 0 if call.causal else call.window)
@@ -150,21 +160,36 @@ def _flash_attn(query_THK: Tensor, key_THK: Tensor, value_THK: Tensor, call: _Ca
         causal=call.causal,
         window_size=sides,
         softcap=call.softcap or 0.0,
+        **options,
     )
 
 
 def _torch_varlen(query_THK: Tensor, key_THK: Tensor, value_THK: Tensor, call: _Call) -> Tensor:
+    out = _call_torch_varlen(query_THK, key_THK, value_THK, call)
+    assert isinstance(out, Tensor)
+    return out
+
+
+def _torch_varlen_lse(query_THK: Tensor, key_THK: Tensor, value_THK: Tensor, call: _Call) -> tuple[Tensor, Tensor]:
+    from torch.nn.attention.varlen import AuxRequest
+
+    out, lse_HT = _call_torch_varlen(query_THK, key_THK, value_THK, call, return_aux=AuxRequest(lse=True))
+    # torch's documentation says [T, H]; its operator says, and gives, [H, T].
+    assert lse_HT.shape == query_THK.shape[1::-1], tuple(lse_HT.shape)
+    return out, lse_HT.transpose(0, 1)
+
+
+def _call_torch_varlen(query_THK: Tensor, key_THK: Tensor, value_THK: Tensor, call: _Call, **options: Any) -> Any:
     from torch.nn.attention.varlen import varlen_attn
 
     assert not call.softcap, "_choose_kernel does not give a model with a soft cap to this kernel"
     left = -1 if call.window is None else call.window
     groups = query_THK.shape[1] // key_THK.shape[1]
-    options: dict[str, Any] = {}
     if groups > 1 and _torch_version() < (2, 12):  # torch 2.11 wants as many heads of keys as of queries
         key_THK, value_THK = (x.repeat_interleave(groups, dim=1) for x in (key_THK, value_THK))
     elif groups > 1:
         options["enable_gqa"] = True
-    out = varlen_attn(
+    return varlen_attn(
         query_THK,
         key_THK,
         value_THK,
@@ -176,50 +201,6 @@ def _torch_varlen(query_THK: Tensor, key_THK: Tensor, value_THK: Tensor, call: _
         window_size=(left, 0 if call.causal else left),
         **options,
     )
-    assert isinstance(out, Tensor)
-    return out
-
-
-def _flash_attn_lse(query_THK: Tensor, key_THK: Tensor, value_THK: Tensor, call: _Call) -> tuple[Tensor, Tensor]:
-    from flash_attn import flash_attn_varlen_func
-
-    out, lse, _ = flash_attn_varlen_func(
-        query_THK,
-        key_THK,
-        value_THK,
-        call.cu_seqlens,
-        call.cu_seqlens,
-        call.max_seqlen,
-        call.max_seqlen,
-        softmax_scale=call.scale,
-        causal=True,
-        return_attn_probs=True,
-    )
-    return out, lse.transpose(0, 1)  # flash-attn 2.7 and later give [H, T]
-
-
-def _torch_varlen_lse(query_THK: Tensor, key_THK: Tensor, value_THK: Tensor, call: _Call) -> tuple[Tensor, Tensor]:
-    from torch.nn.attention.varlen import AuxRequest, varlen_attn
-
-    groups = query_THK.shape[1] // key_THK.shape[1]
-    if groups > 1:
-        key_THK, value_THK = (x.repeat_interleave(groups, dim=1) for x in (key_THK, value_THK))
-    ends, longest = call.cu_seqlens, call.max_seqlen
-    found = varlen_attn(
-        query_THK,
-        key_THK,
-        value_THK,
-        ends,
-        ends,
-        longest,
-        longest,
-        return_aux=AuxRequest(lse=True),
-        scale=call.scale,
-        window_size=(-1, 0),
-    )
-    out, lse = found
-    # torch's documentation says [T, H], its kernel's [H, T].
-    return out, lse if lse.shape == out.shape[:2] else lse.transpose(0, 1)
 
 
 def _sdpa_lse(query_THK: Tensor, key_THK: Tensor, value_THK: Tensor, call: _Call) -> tuple[Tensor, Tensor]:

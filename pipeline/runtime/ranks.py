@@ -110,6 +110,12 @@ def from_first(value: Value, ranks: Ranks) -> Value:
     return box[0]
 
 
+def by_first(work: Callable[[], Value], ranks: Ranks) -> Value:
+    """Run `work` on the first rank alone: its value on every rank, and its ValueError or OSError too, so none waits."""
+    result: Value | None = together(lambda: work() if ranks.is_first else None, ranks)
+    return from_first(result, ranks)  # type: ignore[return-value]
+
+
 def together(work: Callable[[], Value], ranks: Ranks) -> Value:
     """Run `work` on every rank; if it raises ValueError or OSError on one, all raise its message: none waits, and
     whichever rank speaks first, or is ended first by the launcher, the reason is told.

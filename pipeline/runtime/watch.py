@@ -144,7 +144,7 @@ def who_is_behind(watch: Watch) -> str:
 
 
 def end_alone(error: BaseException, ranks: Ranks, watch: Watch | None) -> NoReturn:
-    """End this process at once, with what it can say of an error that is no other rank's: a lost rank, or its own.
+    """End this process at once and say why: another rank is gone, or this one alone has failed.
 
     Leaving in order is not possible: it would talk to ranks that are gone, or wait inside a collective for this one.
     """

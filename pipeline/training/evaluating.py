@@ -1,6 +1,5 @@
 """Scores of the model in training, on all ranks; the best model is kept."""
 
-import functools
 import logging
 import time
 from collections.abc import Callable
@@ -14,7 +13,7 @@ from pipeline.inference.gate import gate_embeddings
 from pipeline.inference.saving import save_model
 from pipeline.runtime.checkpoint import TrainState
 from pipeline.runtime.engine import read_state
-from pipeline.runtime.ranks import from_first, together
+from pipeline.runtime.ranks import by_first
 from pipeline.runtime.watch import mark, pass_boundary
 from pipeline.training.run import Run
 
@@ -29,7 +28,7 @@ def is_due(run: Run, step: int) -> bool:
 
 def must_make_up(run: Run, step: int) -> bool:
     """Whether the evaluation after `step` steps was due, and cut off by the end of the process."""
-    return is_due(run, step) and not from_first(run.ranks.is_first and is_scored(run.out, step), run.ranks)
+    return is_due(run, step) and not by_first(lambda: is_scored(run.out, step), run.ranks)
 
 
 def embed_gate_texts(run: Run) -> np.ndarray:
@@ -69,14 +68,13 @@ def evaluate(run: Run, state: TrainState) -> float:
         scores |= score_task(embedder, task, settings.evaluation.num_examples)
     run.engine.train()
     shown = ", ".join(f"{name} {value:.4f}" for name, value in scores.items())
-    best = from_first(ranks.is_first and state.updates > 0 and is_best(run.out, state.step, scores), ranks)
+    best = by_first(lambda: state.updates > 0 and is_best(run.out, state.step, scores), ranks)
     took = f"{time.perf_counter() - started:.0f} s{'; the best so far' if best else ''}"
     log.info("after %d steps: %s (%s)", state.step, shown, took)
     if best:
         mark(run.watch, "writing the best model")
         trainable, folder = read_state(run.engine, moments=False), run.out / "best_model"
-        work = functools.partial(save_model, folder, run.encoder, trainable, run.tokenizer, settings, run.store)
-        together(lambda: work() if ranks.is_first else None, ranks)
+        by_first(lambda: save_model(folder, run.encoder, trainable, run.tokenizer, settings, run.store), ranks)
     # The line comes last: what it says is there.
-    together(lambda: record_scores(run.out, state.step, scores, best) if ranks.is_first else None, ranks)
+    by_first(lambda: record_scores(run.out, state.step, scores, best), ranks)
     return time.perf_counter() - started

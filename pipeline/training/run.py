@@ -16,15 +16,14 @@ from pipeline.data.store import TokenStore, open_store, require_match, verify_sh
 from pipeline.data.tokenizing import PromptTokenizer, load_tokenizer
 from pipeline.evaluation.tasks import RetrievalTask, load_task
 from pipeline.files import file_sha256, locked
-from pipeline.inference.description import DESCRIPTION_FILE
-from pipeline.model.encoder import Encoder, choose_trained, load_encoder, require_rows
+from pipeline.model.encoder import MARKERS_FILE, Encoder, choose_trained, load_encoder, require_rows
 from pipeline.model.loss import require_dims
 from pipeline.model.shapes import KNOWN, ModelShape, read_shape
 from pipeline.prompts import get_template
 from pipeline.runtime.checkpoint import find_checkpoint, require_same_run
 from pipeline.runtime.engine import build_engine, gathered, sharded_loading
 from pipeline.runtime.guards import code_versions, digest_plan, fingerprint_base, require_alike
-from pipeline.runtime.ranks import Ranks, from_first, together
+from pipeline.runtime.ranks import Ranks, by_first, together
 from pipeline.runtime.runlog import require_tracker
 from pipeline.runtime.sharding_json import read_deepspeed_json, require_exact
 from pipeline.runtime.watch import Watch, mark
@@ -87,9 +86,8 @@ def set_up(settings: Settings, ranks: Ranks, watch: Watch, held: contextlib.Exit
     # One writer a run folder, and the checkpoint to go on from; the lock goes with this process, however it ends.
     mark(watch, "the search for a checkpoint")
     busy = f"another run writes to {out}; wait for it, or name another run.output_dir"
-    together(lambda: held.enter_context(locked(out / "lock", busy)) if ranks.is_first else None, ranks)
-    found = together(lambda: find_checkpoint(out / "checkpoints") if ranks.is_first else None, ranks)
-    checkpoint = from_first(found, ranks)
+    by_first(lambda: held.enter_context(locked(out / "lock", busy)), ranks)
+    checkpoint = by_first(lambda: find_checkpoint(out / "checkpoints"), ranks)
     if checkpoint is not None:
         together(lambda: require_same_run(checkpoint, settings, fingerprints), ranks)
 
@@ -139,11 +137,11 @@ def countable_shape(model: ModelSettings) -> ModelShape | None:
 
 
 def require_base(name: str) -> None:
-    """ValueError for a run's own model/ folder: its marker rows are no rows of the table, and would be lost."""
-    if (Path(name) / DESCRIPTION_FILE).is_file():
+    """ValueError for a run's own model/ folder: what stands beside its weights (adapter, marker rows) would be lost."""
+    if any((Path(name) / file).is_file() for file in ("adapter_config.json", MARKERS_FILE)):
         raise ValueError(
-            f"model.name={name} is the model/ folder of a run, not a base model; to go on from its adapter set "
-            f"model.adapter={name} and model.name to its base (a run with model.trained=full cannot be gone on from)"
+            f"model.name={name} is the model/ folder of a run, not a base model; name the merged/ folder that "
+            f"pipeline/export_model.py writes, or, to go on from its adapter, model.adapter={name} and its base"
         )
 
 

@@ -21,7 +21,7 @@ from pipeline.model.flop import StepFlop, Work, executed_flop, model_flop
 from pipeline.runtime.checkpoint import TrainState, load_checkpoint, save_checkpoint
 from pipeline.runtime.engine import discard_gradients, read_state, take_step, write_state
 from pipeline.runtime.guards import is_spike, too_late
-from pipeline.runtime.ranks import together
+from pipeline.runtime.ranks import by_first, together
 from pipeline.runtime.runlog import append_metrics, open_tracker, start_metrics, step_line, step_metrics
 from pipeline.runtime.step import StepInputs, StepResult, make_optimizer_state, moment, prepare_step, run_step
 from pipeline.runtime.watch import StopRequested, mark
@@ -53,7 +53,7 @@ def resume(run: Run) -> TrainState:
         write_text(out / "settings.yaml", dump_settings(run.settings))
         start_metrics(out / "metrics.jsonl", state.step)
 
-    together(lambda: begin() if ranks.is_first else None, ranks)
+    by_first(begin, ranks)
     return state
 
 
@@ -134,8 +134,7 @@ def train_steps(run: Run, state: TrainState, loader: Executor) -> TrainState:
 
         if profiled:
             mark(run.watch, "writing the profile")
-            write = functools.partial(write_profile, records, out / "profile", plan.step)
-            together(lambda write=write: write() if ranks.is_first else None, ranks)  # type: ignore[misc]
+            by_first(functools.partial(write_profile, records, out / "profile", plan.step), ranks)
         if state.step == run.total_steps or state.step % settings.run.save_every == 0:
             save_seconds, saved_step = save(run, state), state.step
         if is_due(run, state.step):
@@ -151,7 +150,7 @@ def stopped(run: Run, state: TrainState, saved_step: int, stop: StopRequested) -
     """Save what is done since the last checkpoint, and leave the marker; the reason with how far the run came."""
     if saved_step < state.step:
         save(run, state)
-    together(lambda: write_text(run.out / STOPPED_AT, f"{state.step}\n") if run.ranks.is_first else None, run.ranks)
+    by_first(lambda: write_text(run.out / STOPPED_AT, f"{state.step}\n"), run.ranks)
     done = state.step if state.updates else 0
     return StopRequested(f"{stop}; {done} of {run.total_steps} steps are done and saved")
 
@@ -195,15 +194,9 @@ def save(run: Run, state: TrainState) -> float:
         return 0.0
     started = time.perf_counter()
     mark(run.watch, f"saving after {state.step} steps")
-    trainable = read_state(run.engine)
-
-    def write() -> Path | None:
-        if not run.ranks.is_first:
-            return None
-        folder, keep_last = run.out / "checkpoints", run.settings.run.keep_last
-        return save_checkpoint(folder, state, trainable, run.settings, run.fingerprints, keep_last)
-
-    log.info("saved %s", together(write, run.ranks))
+    trainable, folder, keep_last = read_state(run.engine), run.out / "checkpoints", run.settings.run.keep_last
+    work = functools.partial(save_checkpoint, folder, state, trainable, run.settings, run.fingerprints, keep_last)
+    log.info("saved %s", by_first(work, run.ranks))
     return time.perf_counter() - started
 
 
