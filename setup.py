@@ -23,6 +23,7 @@ setup(
     packages=find_packages(include=["pipeline", "pipeline.*"])
     + find_packages("kernels", include=["embed_kernels", "embed_kernels.*"]),
     package_dir={"embed_kernels": "kernels/embed_kernels"},
+    package_data={"pipeline.evaluation": ["tables/*.json"]},
     entry_points={"console_scripts": ["bge-icl=pipeline.command_line:main"]},
     install_requires=[
         "torch>=2.11",
