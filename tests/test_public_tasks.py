@@ -209,6 +209,10 @@ def test_novelty_of_the_papers_tasks(recipe: str, num_trained: int) -> None:
         ("STS12", "STS", ["sts12_14_scored_pairs"], "trained-on"),
         ("long-doc_arxiv_en_gemini", "Retrieval", ["scidocs_rr"], "same family"),
         ("long-doc_book_en_origin-of-species_darwin", "Retrieval", ["scidocs_rr", "nq"], "unseen"),
+        # Training sets that only share a listed task's name.
+        ("clinc150", "classification", ["own/clinc150_train"], "trained-on"),
+        ("STS22.v2", "STS", ["STS22"], "trained-on"),
+        ("SciFact", "Retrieval", ["scifact.jsonl"], "trained-on"),
         # Tasks that the table does not list: by type, or by the name of a training set.
         ("my_pairs", "pair_classification", ["snli"], "same family"),
         ("MyPairs", "PairClassification", ["snli"], "same family"),

@@ -16,8 +16,8 @@ def mark_novelty(task_name: str, task_type: str, datasets: Sequence[str]) -> str
         datasets: names of the training sets, as in a store's manifest; folders before the name are passed over.
 
     Returns:
-        "trained-on", "same family" or "unseen". Training sets that `find_unlisted` names tell nothing here, unless an
-        unlisted task has the name of one (with or without an ending: docs, docs_test).
+        "trained-on", "same family" or "unseen". Training sets that `find_unlisted` names tell nothing here, unless the
+        task has the name of one (with or without an ending: docs, docs_test).
     """
     table = read_table("families.json")
     families = table["families"].values()
@@ -28,7 +28,9 @@ def mark_novelty(task_name: str, task_type: str, datasets: Sequence[str]) -> str
     found = _find(find_source_task(task_name), listed_tasks)
     if found is not None:
         task = listed_tasks[found]
-        is_trained = not trained.isdisjoint(table["trained_on"].get(task, ()))
+        unlisted = [name for name in datasets if _find(name, listed_sets) is None]  # scidocs_rr is not SCIDOCS
+        namesakes = any(_find(name, listed_tasks) == found for name in unlisted)
+        is_trained = namesakes or not trained.isdisjoint(table["trained_on"].get(task, ()))
         related = [family for family in families if task in family["tasks"]]
     else:
         is_trained = _find(task_name, trained) is not None
