@@ -12,8 +12,8 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 
-import numpy as np
 from peers import NO_ENVIRONMENT
 from preprocess_scale import descendants
 from proving import REPOSITORY, RUN, WORK, Row, call, free_port, launch_worker, make_random_model, row, training_files
@@ -21,8 +21,6 @@ from proving import write_recipe as write_random_recipe
 
 KILLS, STEPS = 50, 300
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # small steps: threads would mostly wait for each other
-BATCHES = (32, 64, 128, 256, 512)
-ROUNDS = 5
 TRAIN = REPOSITORY / "pipeline" / "train.py"
 SHORT = {
     "max_query_tokens": 64,
@@ -132,29 +130,22 @@ def is_rank(pid: int) -> bool:
 
 
 def growth(recipe: Path) -> list[Row]:
-    """CPU seconds a real token and peak memory of a step at one chunk budget, plotted.
-
-    The machine's speed wanders by more than what is looked for, hence the median of ROUNDS, in turn up and down.
-    """
-
-    def measure(batch: int) -> tuple[float, float, float]:
-        overrides = (f"batch.queries={batch}", f"batch.symmetric_queries={batch}", "run.chunk_tokens=512")
-        record = launch_worker(recipe, "cached", *overrides)[0]
-        milliseconds = 1000 * record["cpu_seconds"] / record["real_tokens"]
-        peak = record["peak_mib"] - record["embeddings_mib"]
-        print(f"  batch {batch}: {record['chunks']} chunks a rank, {milliseconds:.3f} ms/token, {peak:.0f} MiB")
-        return milliseconds, peak, record["chunks"]
-
-    measure(BATCHES[0])  # warms up: DeepSpeed builds, files are read
-    found = []
-    for number in range(ROUNDS):
-        measured = {batch: measure(batch) for batch in (BATCHES[::-1] if number % 2 else BATCHES)}
-        found.append([measured[batch] for batch in BATCHES])
+    """CPU seconds a real token and peak memory of a step at one chunk budget, plotted."""
     # The budget is small, so that already the smallest batch has many chunks: one of them needs no second pass.
-    times, peaks, chunks = np.median(found, axis=0).T.tolist()
-    plot_growth(times, peaks, REPOSITORY / "runs" / "prove" / "cost_growth.png")
-    claim = f"batch {BATCHES[0]} to {BATCHES[-1]} at a fixed chunk budget ({chunks[0]:.0f} to {chunks[-1]:.0f} "
-    claim += f"chunks a rank), median of {ROUNDS} rounds: "
+    steps = launch_worker(recipe, "growth", "run.chunk_tokens=512")
+    batches, chunks = ([step[name] for step in steps] for name in ("queries", "chunks"))
+    times, peaks = [], []
+    for step in steps:
+        batch = step["queries"]
+        rounds = [1000 * seconds / step["real_tokens"] for seconds in step["cpu_seconds"]]
+        times.append(median(rounds))
+        sizes = (f"batch.queries={batch}", f"batch.symmetric_queries={batch}", "run.chunk_tokens=512")
+        alone = launch_worker(recipe, "cached", *sizes)[0]
+        peaks.append(alone["peak_mib"] - alone["embeddings_mib"])
+        print(f"  batch {batch}: {step['chunks']} chunks a rank, {' '.join(f'{r:.3f}' for r in rounds)} ms a token")
+    plot_growth(batches, times, peaks, REPOSITORY / "runs" / "prove" / "cost_growth.png")
+    claim = f"batch {batches[0]} to {batches[-1]} at a fixed chunk budget ({chunks[0]} to {chunks[-1]} "
+    claim += f"chunks a rank), median of {len(steps[0]['cpu_seconds'])} rounds: "
     rows = []
     for name, values, unit in (("CPU seconds a real token", times, "ms"), ("peak memory above start-up", peaks, "MiB")):
         spread = max(values) / min(values)
@@ -163,7 +154,7 @@ def growth(recipe: Path) -> list[Row]:
     return rows
 
 
-def plot_growth(times: list[float], peaks: list[float], picture: Path) -> None:
+def plot_growth(batches: list[int], times: list[float], peaks: list[float], picture: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -171,7 +162,7 @@ def plot_growth(times: list[float], peaks: list[float], picture: Path) -> None:
 
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.2))
     for axis, values, label in zip(axes, (times, peaks), ("CPU ms a token", "peak MiB"), strict=True):
-        axis.plot(BATCHES, values, marker="o")
+        axis.plot(batches, values, marker="o")
         axis.set_xscale("log", base=2)
         axis.set_ylim(0, 1.2 * max(values))
         axis.set_xlabel("queries a step")

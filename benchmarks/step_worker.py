@@ -5,6 +5,7 @@ deepspeed --num_accelerators W benchmarks/step_worker.py RECIPE OUT MODE [key.su
     distinct   per dataset the same step with and without distinct passages: CPU seconds, loss
     cached     peak memory of one step above the state after start-up, and its CPU seconds; gradient cache on
     uncached   the same batch with the graphs of all chunks kept alive
+    growth     the CPU seconds of steps of several batch sizes, in turn and again
 """
 
 import dataclasses
@@ -27,6 +28,9 @@ from pipeline.runtime.engine import build_engine, start_distributed, stop_distri
 from pipeline.runtime.ranks import Ranks, gather_values, read_ranks, share_cores
 from pipeline.runtime.step import StepInputs, StepResult, prepare_step, run_step
 from pipeline.settings import Settings, load_settings
+
+BATCHES = (32, 64, 128, 256, 512)
+ROUNDS = 9
 
 
 def first_plans(store: TokenStore, schedule: Any) -> list[BatchPlan]:
@@ -78,6 +82,29 @@ def run_uncached(encoder: torch.nn.Module, inputs: StepInputs, settings: Setting
     return StepResult(loss=float(share), num_passes=1, num_filtered=0, fault="", seconds={})
 
 
+def grow(engine: Any, store: TokenStore, limits: Limits, settings: Settings, ranks: Ranks) -> list[dict[str, Any]]:
+    """CPU seconds of steps of BATCHES in turn, ROUNDS times up and down, in one process: the machine's speed wanders by
+    more than what is looked for, and all meet it alike. A step of few queries is repeated, up to 128."""
+    records: dict[int, dict[str, Any]] = {}
+    inputs_of = {}
+    for queries in BATCHES:
+        batch = dataclasses.replace(settings.batch, queries=queries, symmetric_queries=queries)
+        plan = first_plans(store, make_schedule(store, dataclasses.replace(settings, batch=batch)))[0]
+        inputs = prepare_step(store, limits, plan, ranks, settings.run.chunk_tokens, settings.loss.mask_shown)
+        records[queries] = step_record(store, plan, inputs, limits, ranks) | {"cpu_seconds": []}
+        inputs_of[queries] = inputs
+    run_step(engine, inputs_of[BATCHES[0]], settings, ranks)  # pays for what is set up once
+    take_step(engine, 0.0)
+    for number in range(ROUNDS):
+        for queries in BATCHES[::-1] if number % 2 else BATCHES:
+            started, repeats = cpu_seconds(), max(1, 128 // queries)
+            for _ in range(repeats):
+                run_step(engine, inputs_of[queries], settings, ranks)
+                take_step(engine, 0.0)
+            records[queries]["cpu_seconds"].append(sum(gather_values(cpu_seconds() - started, ranks)) / repeats)
+    return list(records.values())
+
+
 def main(recipe: str, out: str, mode: str, overrides: list[str]) -> None:
     settings = load_settings(recipe, overrides)
     ranks = read_ranks()
@@ -118,6 +145,8 @@ def main(recipe: str, out: str, mode: str, overrides: list[str]) -> None:
                 record[f"loss_{arm}"] = result.loss
                 take_step(engine, 0.0)
             records.append(record)
+    elif mode == "growth":
+        records = grow(engine, store, limits, settings, ranks)
     else:
         plan = first_plans(store, schedule)[0]
         inputs = prepare_step(store, limits, plan, ranks, settings.run.chunk_tokens, settings.loss.mask_shown)
@@ -128,17 +157,7 @@ def main(recipe: str, out: str, mode: str, overrides: list[str]) -> None:
         else:
             result = run_step(engine, inputs, settings, ranks)
         peak = max(gather_values(memory_mib("VmHWM") - before, ranks))
-        if engine is not None:
-            # Of later steps: the first one also pays for what is set up once, whatever the batch. Small batches are
-            # repeated until as much is measured as of large ones.
-            take_step(engine, 0.0)
-            repeats, started = max(1, 512 // plan.num_queries), cpu_seconds()
-            for _ in range(repeats):
-                run_step(engine, inputs, settings, ranks)
-                take_step(engine, 0.0)
-            record["cpu_seconds"] = sum(gather_values(cpu_seconds() - started, ranks)) / repeats
-        else:
-            record["cpu_seconds"] = sum(gather_values(cpu_seconds() - started, ranks))
+        record["cpu_seconds"] = sum(gather_values(cpu_seconds() - started, ranks))
         embeddings = plan.num_sequences * encoder.width * 4 / 2**20
         record |= {"peak_mib": peak, "embeddings_mib": embeddings, "loss": result.loss, "passes": result.num_passes}
         records.append(record)
