@@ -21,7 +21,7 @@ import torch
 import transformers
 from proving import REPOSITORY, WORK
 
-from pipeline.evaluation.tasks import RetrievalTask, load_task
+from pipeline.evaluation.tasks import RetrievalTask, load_retrieval_task
 from pipeline.inference.embedder import FewShotEmbedder, load_base_embedder
 from pipeline.settings import load_settings
 
@@ -114,7 +114,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=WORK / "inference_cost.json")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
-    task = load_task(arguments.task)
+    task = load_retrieval_task(arguments.task)
     embedder = load(arguments.model, arguments.layers)
     rows = measure(embedder, task, arguments.shots, arguments.queries, arguments.rounds)
     zero = next(r for r in rows if r["shots"] == 0)

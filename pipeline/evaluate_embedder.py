@@ -1,34 +1,42 @@
-"""Score an embedder zero-shot and few-shot on local retrieval tasks, by mteb's metrics.
+"""Score an embedder zero-shot and few-shot on local folders and public tasks, by mteb's metrics.
 
-The model is a finished run (--run) or the untrained base model of a recipe (--config). Scores go to scores.json in the
-run's folder, where an entry for the same model, mode, task and metric is replaced, and report.md shows them side by
-side.
+Scores go to scores.json in the run's folder, where an entry for the same model, mode, task and metric is replaced, and
+report.md shows them side by side. evaluation/ beside it tells how each score came about: prompts, examples, what was
+cut, versions. What it holds is not computed again, so a command that was cut off goes on when it is given again, and
+the same command may run on several machines at once.
 """
 
 import argparse
 import importlib.util
 import logging
+import os
+import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.evaluation.report import Score, add_scores, score_table, write_report
-from pipeline.evaluation.tasks import RetrievalTask, load_task
+from pipeline.evaluation.report import add_scores, write_report
+from pipeline.evaluation.sides import SIDES
+from pipeline.evaluation.table import MODES, Score, score_table
+from pipeline.evaluation.tasks import LocalTask, load_task
 from pipeline.settings import Settings, load_settings
 
 if TYPE_CHECKING:
-    from pipeline.inference.embedder import FewShotEmbedder
+    from pipeline.evaluation.jobs import Job, Model
 
-MODES = ("zero_shot", "few_shot")
+LOCAL_EXAMPLES = 3
 EPILOG = """examples:
   python pipeline/evaluate_embedder.py --config examples/quickstart/recipe.yaml --task examples/quickstart/eval/xquad_en
   python pipeline/evaluate_embedder.py --run runs/quickstart --task examples/quickstart/eval/xquad_en
   python pipeline/evaluate_embedder.py --run runs/x --task tasks/a --task tasks/b --modes few_shot --num-examples 5
+  python pipeline/evaluate_embedder.py --run runs/x --benchmark "MTEB(eng, v1)" --processes 8
+  python pipeline/evaluate_embedder.py --baseline bm25 --task tasks/a --scores runs/x/scores.json
 
-a task is a folder with task.json, corpus.jsonl, queries.jsonl, qrels/test.tsv (BEIR's form) and, for few_shot,
-examples.jsonl with {"query", "response"} a line
+a task is the name of a task of mteb or a folder with task.json and, by its type (pipeline/evaluation/tasks.py), for
+retrieval corpus.jsonl, queries.jsonl and qrels/test.tsv (BEIR's form); few_shot takes {"query", "response"} a line from
+examples.jsonl, for public tasks the paper's instruction and examples
 """
 
 
@@ -40,30 +48,51 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     model = parser.add_mutually_exclusive_group(required=True)
     model.add_argument("--run", type=Path, metavar="FOLDER", help="folder of a finished run")
     model.add_argument("--config", type=Path, metavar="RECIPE", help="recipe whose untrained base model is scored")
-    parser.add_argument("--task", type=Path, action="append", required=True, help="task folder; may stand repeatedly")
-    parser.add_argument("--num-examples", type=int, default=3, help="in-context examples of few_shot (default: 3)")
+    model.add_argument("--model", metavar="NAME", help="an exported or published embedder: folder or hub name")
+    model.add_argument("--baseline", metavar="NAME", help="bm25, or a model of sentence-transformers: no prompts")
+    parser.add_argument("--template", help="prompt template of a published --model (bge_en_icl for BAAI/bge-en-icl)")
+    parser.add_argument("--task", action="append", default=[], help="folder or mteb's name; may stand repeatedly")
+    parser.add_argument("--benchmark", help='all tasks of a benchmark of mteb: "MTEB(eng, v1)", "MTEB(eng, v2)", ...')
+    parser.add_argument(
+        "--data-root", type=Path, help="folder with local copies of public data under their hub names (no network)"
+    )
+    parser.add_argument(
+        "--num-examples",
+        type=int,
+        help=f"in-context examples of few_shot (default: {LOCAL_EXAMPLES} of a folder's, the paper's of a public task)",
+    )
     parser.add_argument("--modes", default=",".join(MODES), help="zero_shot, few_shot or both with a comma (default)")
-    parser.add_argument("--label", help="name of the model (default: after for --run, before for --config)")
+    parser.add_argument(
+        "--sides",
+        choices=SIDES,
+        default=SIDES[0],
+        help="which texts carry the prompt: as in the released evaluation (default) or as in training",
+    )
+    parser.add_argument(
+        "--label", help="name in the tables (default: after for --run, before for --config, else its own)"
+    )
     parser.add_argument("--scores", type=Path, help="file to add to (default: scores.json in the run's folder)")
     parser.add_argument("--chunk-tokens", type=int, help="token budget of a forward pass (default: by device)")
+    parser.add_argument("--processes", type=int, default=1, help="share the tasks among so many, one a GPU")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe, model.dtype=fp32 say")
     return parser.parse_intermixed_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Evaluate; returns 0, or 2 with one line for what the user can mend."""
+    """Evaluate; returns 0, 1 if some of several tasks failed, or 2 with one line for what the user can mend."""
     args = parse_arguments(argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
     logging.getLogger("pipeline").setLevel(logging.INFO)
     try:
         modes = parse_modes(args.modes)
-        settings = read_settings(args.run, args.config, args.overrides)
-        tasks = [load_task(folder) for folder in args.task]
-        evaluate(args, settings, tasks, modes)
+        settings = read_settings(args)
+        names = task_names(args)
+        if args.processes > 1:
+            share(list(sys.argv[1:] if argv is None else argv), args.processes)
+        return evaluate(args, settings, names, modes)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    return 0
 
 
 def parse_modes(text: str) -> tuple[str, ...]:
@@ -75,70 +104,143 @@ def parse_modes(text: str) -> tuple[str, ...]:
     return modes
 
 
-def read_settings(run: Path | None, config: Path | None, overrides: Sequence[str]) -> Settings:
-    """Settings of the run or recipe; ValueError where the folder is not a run or overrides cannot apply."""
-    if config is not None:
-        return load_settings(config, overrides)
-    assert run is not None
-    if overrides:
-        raise ValueError(f"{' '.join(overrides)}: a trained model keeps its settings; overrides go with --config")
-    if not (run / "settings.yaml").is_file():
-        raise ValueError(f"--run {run} is not the folder of a run: settings.yaml is missing")
-    return load_settings(run / "settings.yaml")
+def read_settings(args: argparse.Namespace) -> Settings | None:
+    """Settings of the run or recipe, None for another model; ValueError where overrides cannot apply."""
+    if args.config is not None:
+        return load_settings(args.config, args.overrides)
+    if args.overrides:
+        raise ValueError(f"{' '.join(args.overrides)}: a trained model keeps its settings; overrides go with --config")
+    if args.run is None:
+        return None
+    if not (args.run / "settings.yaml").is_file():
+        raise ValueError(f"--run {args.run} is not the folder of a run: settings.yaml is missing")
+    return load_settings(args.run / "settings.yaml")
 
 
-def evaluate(
-    args: argparse.Namespace, settings: Settings, tasks: Sequence[RetrievalTask], modes: Sequence[str]
-) -> None:
-    """Score every task in every mode; prints table and report path, writes scores.json and report.md."""
+def task_names(args: argparse.Namespace) -> list[str]:
+    """Folders and names of tasks, each once."""
     if importlib.util.find_spec("mteb") is None:
         raise ValueError("mteb, which scores, is not installed; pip install bge-icl-train[eval]")
+    names = list(args.task)
+    if args.benchmark:
+        from pipeline.evaluation.mteb_tasks import benchmark_tasks
+
+        names += benchmark_tasks(args.benchmark)
+    if not names:
+        raise ValueError("nothing to score: name a --task or a --benchmark")
+    return list(dict.fromkeys(names))
+
+
+def share(argv: list[str], processes: int) -> None:
+    """Run the same command so many times at once; each takes tasks that no other one has. Their scores stay in
+    evaluation/, from where this process takes them; what none of them could score it tries again, and says why."""
+    place = argv.index("--processes") if "--processes" in argv else None
+    alone = argv[:place] + argv[place + 2 :] if place is not None else [a for a in argv if "--processes" not in a]
+    running = []
+    for number in range(processes):
+        environment = os.environ | {"CUDA_VISIBLE_DEVICES": str(number), SHARED: "1"}
+        running.append(subprocess.Popen([sys.executable, __file__, *alone], env=environment))
+    for process in running:
+        process.wait()
+
+
+def evaluate(args: argparse.Namespace, settings: Settings | None, names: Sequence[str], modes: Sequence[str]) -> int:
+    """Score every task in every mode; prints table and report path, writes scores.json and report.md."""
     # Loading these takes seconds; wrong arguments should not have to wait for it.
     import datasets
     import transformers
 
-    from pipeline.evaluation.runner import choose_examples, score_modes
-    from pipeline.inference.embedder import load_base_embedder, load_embedder
+    from pipeline.evaluation.jobs import is_busy, run_job
 
-    folder = args.run or Path(settings.run.output_dir)
-    label = args.label or ("after" if args.run else "before")
+    folder = args.run or (Path(settings.run.output_dir) if settings else Path("runs/evaluation"))
     path = args.scores or folder / "scores.json"
-    if "few_shot" in modes:
-        for task in tasks:
-            choose_examples(task, args.num_examples)
     datasets.disable_progress_bars()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    if args.run:
-        embedder = load_embedder(args.run, args.chunk_tokens)
-    else:
-        embedder = load_base_embedder(settings, args.chunk_tokens)
+    jobs = [make_job(args, name, modes) for name in names]
+    model = load_model(args, settings)
     scores: list[Score] = []
-    for task in tasks:
-        left_out = f", {task.num_unjudged} without a relevant passage left out" if task.num_unjudged else ""
-        print(f"{task.name}: {len(task.queries)} queries{left_out}, {len(task.corpus)} passages", flush=True)
-        if "few_shot" in modes:
-            show_prompt(embedder, task, args.num_examples)
+    failed: list[str] = []
+    for job in jobs:
+        if SHARED in os.environ and is_busy(model, job, path.parent / "evaluation"):
+            continue
+        print(f"{job.task}: {job.about}", flush=True)
+        if model.embedder and job.some_query and job.examples:
+            show_prompt(model, job)
         start = time.monotonic()
-        values = score_modes(embedder, task, modes, args.num_examples)
-        print(f"{task.name}: scored in {time.monotonic() - start:.0f} s", flush=True)
-        scores += [Score(label, mode, task.name, task.metric, value) for mode, value in values.items()]
+        try:
+            scores += run_job(model, job, modes, path.parent / "evaluation")
+        except (ValueError, OSError) as error:
+            if len(jobs) == 1:
+                raise
+            print(f"error: {job.task}: {error}", file=sys.stderr, flush=True)
+            failed.append(job.task)
+            continue
+        print(f"{job.task}: scored in {time.monotonic() - start:.0f} s", flush=True)
+    if SHARED in os.environ:
+        return 0
     everything = add_scores(path, scores)
     print(score_table(everything))
-    note = f"{label}: few_shot with the first {args.num_examples} examples of each task's examples.jsonl"
-    report = write_report(path.parent, settings, everything, [note] if "few_shot" in modes else [])
+    if settings is None and (path.parent / "settings.yaml").is_file():
+        settings = load_settings(path.parent / "settings.yaml")
+    report = write_report(path.parent, settings, everything, describe_examples(model, jobs, modes))
     print(f"scores: {path}\nreport: {report}")
+    if failed:
+        print(f"error: {len(failed)} of {len(jobs)} tasks failed: {', '.join(failed)}", file=sys.stderr)
+    return 1 if failed else 0
 
 
-def show_prompt(embedder: "FewShotEmbedder", task: RetrievalTask, num_examples: int) -> None:
+def make_job(args: argparse.Namespace, name: str, modes: Sequence[str]) -> "Job":
+    """The job of a folder or of a public task."""
+    from pipeline.evaluation.jobs import local_job, public_job
+
+    if Path(name).exists() or "/" in name:
+        task: LocalTask = load_task(name)
+        wanted = modes if args.baseline is None else ("zero_shot",)
+        return local_job(task, wanted, LOCAL_EXAMPLES if args.num_examples is None else args.num_examples, args.sides)
+    return public_job(name, args.num_examples, args.sides, args.data_root)
+
+
+def load_model(args: argparse.Namespace, settings: Settings | None) -> "Model":
+    """What is scored, from the one of four arguments that names it."""
+    from pipeline.evaluation.baselines import load_baseline
+    from pipeline.evaluation.jobs import Model
+    from pipeline.inference.embedder import load_base_embedder, load_embedder
+    from pipeline.inference.fingerprint import fingerprint
+
+    if args.baseline:
+        baseline, digest = load_baseline(args.baseline)
+        return Model(args.label or Path(args.baseline).name, digest, None, baseline)
+    if args.config:
+        assert settings is not None
+        embedder = load_base_embedder(settings, args.chunk_tokens)
+        return Model(args.label or "before", fingerprint(embedder), embedder)
+    embedder = load_embedder(args.run or args.model, args.chunk_tokens, template=args.template)
+    names = tuple(dataset.name for dataset in settings.data.datasets) if settings else None
+    label = args.label or ("after" if args.run else Path(args.model).name)
+    return Model(label, fingerprint(embedder), embedder, datasets=names)
+
+
+def show_prompt(model: "Model", job: "Job") -> None:
     """Print the few-shot prompt of the task's first query exactly as the model gets it."""
-    query = next(iter(task.queries.values()))
+    assert model.embedder is not None
     logging.getLogger("pipeline").setLevel(logging.WARNING)  # what is cut is counted when all queries are encoded
-    ids = embedder.compose_queries([query], task.instruction, task.examples[:num_examples])[0]
+    ids = model.embedder.compose_queries([job.some_query], job.instruction, job.examples)[0]
     logging.getLogger("pipeline").setLevel(logging.INFO)
     print(f"few-shot prompt of the first query ({len(ids)} tokens), as the model sees it:")
-    print("\n".join(f"    {line}" for line in embedder.render(ids).split("\n")), flush=True)
+    print("\n".join(f"    {line}" for line in model.embedder.render(ids).split("\n")), flush=True)
 
+
+def describe_examples(model: "Model", jobs: Sequence["Job"], modes: Sequence[str]) -> list[str]:
+    """Notes of the report: what few_shot means there."""
+    if model.embedder is None or "few_shot" not in modes:
+        return []
+    counts = sorted({len(job.examples) for job in jobs if job.examples})
+    numbers = " or ".join(map(str, counts))
+    return [f"{model.label}: few_shot with the first {numbers} examples of each task"] if counts else []
+
+
+SHARED = "BGE_ICL_SHARED_EVALUATION"  # in the environment of processes that `share` starts
 
 if __name__ == "__main__":
     raise SystemExit(main())

@@ -14,8 +14,9 @@ import yaml
 from tiny_run import make_tiny_model
 
 from pipeline import evaluate_embedder
-from pipeline.evaluation.report import Score, add_scores, read_scores, score_table, write_report
-from pipeline.evaluation.tasks import RetrievalTask, load_task
+from pipeline.evaluation.report import add_scores, read_scores, write_report
+from pipeline.evaluation.table import Score, score_table
+from pipeline.evaluation.tasks import RetrievalTask, load_retrieval_task, load_task
 from pipeline.settings import LossSettings, Settings, dump_settings
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -48,7 +49,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_a_task_is_read(folder: Path) -> None:
-    task = load_task(folder)
+    task = load_retrieval_task(folder)
     assert (task.name, task.instruction, task.metric) == ("words", "Find the word.", "ndcg_at_10")
     assert list(task.queries) == [f"q{i}" for i in range(6)]
     assert task.num_unjudged == 1
@@ -61,7 +62,7 @@ def test_title_and_text_are_joined(folder: Path) -> None:
     lines = (folder / "corpus.jsonl").read_text().splitlines()
     lines[0] = json.dumps({"_id": "d0", "title": "Stones", "text": "ash"})
     (folder / "corpus.jsonl").write_text("\n".join(lines))
-    assert load_task(folder).corpus["d0"] == "Stones ash"
+    assert load_retrieval_task(folder).corpus["d0"] == "Stones ash"
 
 
 def test_a_task_without_examples(folder: Path) -> None:
@@ -74,7 +75,16 @@ def test_a_task_without_examples(folder: Path) -> None:
     [
         ("task.json", None, "is not a task folder: task.json is missing"),
         ("task.json", "{", "task.json is not valid JSON"),
-        ("task.json", '{"type": "sts", "name": "a", "instruction": ""}', "type='sts' cannot be evaluated"),
+        (
+            "task.json",
+            '{"type": "poem", "name": "a", "instruction": ""}',
+            "type='poem' cannot be evaluated; known: retr",
+        ),
+        (
+            "task.json",
+            '{"type": "sts", "name": "a", "instruction": "", "metric": "f1"}',
+            "unknown metric 'f1' of type sts",
+        ),
         ("task.json", '{"type": "retrieval", "name": "a"}', "instruction=None must be a text"),
         ("corpus.jsonl", None, "corpus.jsonl is missing"),
         ("queries.jsonl", None, "queries.jsonl is missing"),
@@ -139,35 +149,39 @@ def dcg(gains: Sequence[int]) -> float:
     return sum(gain / math.log2(rank + 2) for rank, gain in enumerate(gains))
 
 
-def test_the_score_is_that_of_the_slow_twin(folder: Path) -> None:
-    from pipeline.evaluation.runner import score_retrieval
+def encode_words(texts: list[str], carry: str) -> np.ndarray:
+    return embed_words(texts)
 
-    task = load_task(folder)
+
+def test_the_score_is_that_of_the_slow_twin(folder: Path) -> None:
+    from pipeline.evaluation.runner import score_local
+
+    task = load_retrieval_task(folder)
     wanted = ndcg_at_10(task)
     assert 0.2 < wanted < 0.98, "a test on a perfect ranking would see little"
-    assert score_retrieval(task, embed_words, embed_words) == pytest.approx(wanted, abs=1e-5)
+    assert score_local(task, encode_words) == pytest.approx(wanted, abs=1e-5)
 
 
 def test_a_misspelt_metric_is_found_on_reading(folder: Path) -> None:
     header = json.loads((folder / "task.json").read_text())
     (folder / "task.json").write_text(json.dumps(header | {"metric": "ndcg_at_ten"}))
-    with pytest.raises(ValueError, match="task.json: unknown metric 'ndcg_at_ten'"):
+    with pytest.raises(ValueError, match="task.json: unknown metric 'ndcg_at_ten' of type retrieval"):
         load_task(folder)
 
 
-def test_an_unknown_metric(folder: Path) -> None:
-    from pipeline.evaluation.runner import score_retrieval
+def test_a_metric_that_mteb_does_not_compute(folder: Path) -> None:
+    from pipeline.evaluation.runner import score_local
 
-    task = replace(load_task(folder), metric="ndcg_at_11")
-    with pytest.raises(ValueError, match=r"unknown metric 'ndcg_at_11'; for example .*ndcg_at_10"):
-        score_retrieval(task, embed_words, embed_words)
+    task = replace(load_retrieval_task(folder), metric="ndcg_at_11")
+    with pytest.raises(ValueError, match="mteb has no metric 'ndcg_at_11' for tasks of type Retrieval"):
+        score_local(task, encode_words)
 
 
 def test_embeddings_that_are_not_finite_are_refused(folder: Path) -> None:
-    from pipeline.evaluation.runner import score_retrieval
+    from pipeline.evaluation.runner import score_local
 
     with pytest.raises(ValueError, match="not finite"):
-        score_retrieval(load_task(folder), lambda texts: embed_words(texts) * np.nan, embed_words)
+        score_local(load_task(folder), lambda texts, carry: embed_words(texts) * np.nan)
 
 
 def test_examples_are_the_first_ones_and_enough(folder: Path) -> None:
@@ -185,25 +199,31 @@ class RecordingEmbedder:
     """Stands for an embedder; remembers what it was asked."""
 
     def __init__(self) -> None:
-        self.queries: list[tuple[str, tuple]] = []
-        self.num_passages = 0
+        self.queries: list[tuple[int, str, tuple, bool]] = []
+        self.passages: list[tuple[int, bool]] = []
 
-    def encode_queries(self, texts: Sequence[str], instruction: str, examples: Sequence = ()) -> np.ndarray:
-        self.queries.append((instruction, tuple(examples)))
+    def encode_queries(
+        self, texts: Sequence[str], instruction: str, examples: Sequence = (), normalize: bool = True
+    ) -> np.ndarray:
+        self.queries.append((len(texts), instruction, tuple(examples), normalize))
         return embed_words(texts)
 
-    def encode_passages(self, texts: Sequence[str]) -> np.ndarray:
-        self.num_passages += len(texts)
+    def encode_passages(self, texts: Sequence[str], normalize: bool = True) -> np.ndarray:
+        self.passages.append((len(texts), normalize))
         return embed_words(texts)
+
+
+BOTH = ("zero_shot", "few_shot")
 
 
 def test_modes_differ_in_examples_only_and_share_passages(folder: Path) -> None:
     from pipeline.evaluation.runner import score_modes
 
-    task, embedder = load_task(folder), RecordingEmbedder()
-    scores = score_modes(embedder, task, ("zero_shot", "few_shot"), 2)  # type: ignore[arg-type]
-    assert embedder.queries == [(task.instruction, ()), (task.instruction, task.examples)]
-    assert embedder.num_passages == len(task.corpus)
+    task, embedder = load_retrieval_task(folder), RecordingEmbedder()
+    scores = score_modes(embedder, task, BOTH, 2)  # type: ignore[arg-type]
+    wanted = [(6, task.instruction, (), True), (6, task.instruction, task.examples, True)]
+    assert embedder.queries == wanted
+    assert embedder.passages == [(len(task.corpus), True)]
     assert list(scores) == ["zero_shot", "few_shot"]
     assert scores["zero_shot"] == scores["few_shot"] == pytest.approx(ndcg_at_10(task), abs=1e-5)
 
@@ -219,7 +239,7 @@ def test_scores_are_added_and_replaced(tmp_path: Path) -> None:
     assert add_scores(path, [replace(BEFORE, value=0.5), replace(BEFORE, model="after")]) == read_scores(path)
     found = [(s["model"], s["mode"], s["value"]) for s in json.loads(path.read_text())]
     assert found == [("before", "few_shot", 0.25), ("before", "zero_shot", 0.5), ("after", "zero_shot", 0.25)]
-    assert set(json.loads(path.read_text())[0]) == {"model", "mode", "task", "metric", "value"}
+    assert set(json.loads(path.read_text())[0]) == {*["model", "mode", "task", "metric", "value", "kind", "novelty", "details"]}
 
 
 def test_a_damaged_scores_file(tmp_path: Path) -> None:
@@ -230,17 +250,45 @@ def test_a_damaged_scores_file(tmp_path: Path) -> None:
 
 def test_the_table() -> None:
     lines = score_table([BEFORE]).splitlines()
-    assert lines[0].split() == ["model", "mode", "task", "metric", "value"]
-    assert lines[2].split() == ["before", "zero_shot", "words", "ndcg_at_10", "0.2500"]
+    assert lines[0].split() == ["task", "metric", "before", "zero_shot"]
+    assert lines[2].split() == ["words", "ndcg_at_10", "0.2500"]
+
+
+def test_means_stand_below_several_tasks_and_only_where_every_task_has_a_score() -> None:
+    def score(model: str, mode: str, task: str, value: float, kind: str, novelty: str) -> Score:
+        return Score(model, mode, task, "m", value, kind, novelty)
+
+    tasks = [("a", "sts", "unseen"), ("b", "sts", "trained-on"), ("c", "retrieval", "unseen")]
+    scores = [
+        score("x", mode, *t[:1], 0.1 * n + (mode == "few_shot") * 0.2 * n, *t[1:])
+        for n, t in enumerate(tasks)
+        for mode in BOTH
+    ]
+    scores += [score("y", "zero_shot", "a", 0.5, "sts", "")]
+    rows = [re.split(r" {2,}", line) for line in score_table(scores).splitlines()]
+    assert rows[0] == ["task", "metric", "novelty", "x zero_shot", "x few_shot", "x few - zero", "y zero_shot"]
+    assert rows[2:] == [
+        ["a", "m", "unseen", "0.0000", "0.0000", "+0.0000", "0.5000"],
+        ["b", "m", "trained-on", "0.1000", "0.3000", "+0.2000"],
+        ["c", "m", "unseen", "0.2000", "0.6000", "+0.4000"],
+        ["mean of 3: all", "0.1000", "0.3000", "+0.2000"],
+        ["mean of 2: unseen", "0.1000", "0.3000", "+0.2000"],
+        ["mean of 2: sts", "0.0500", "0.1500", "+0.1000"],
+    ]
+
+
+def test_the_paper_stands_beside_public_tasks() -> None:
+    lines = score_table([Score("x", "zero_shot", "ArguAna", "ndcg_at_10", 0.5)]).splitlines()
+    assert "paper public few_shot" in lines[0]
+    assert lines[2].split()[-1] == "0.5581" and lines[2].split()[-2] == "0.5541"
 
 
 def test_the_report(tmp_path: Path) -> None:
     scores = [BEFORE, replace(BEFORE, model="after", value=0.75), replace(BEFORE, model="after", mode="few_shot")]
     (tmp_path / "loss.png").touch()
     text = write_report(tmp_path, Settings(), scores, ["a note"]).read_text()
-    assert "| task | metric | mode | before | after |\n|---|---|---|---|---|" in text
-    assert "| words | ndcg_at_10 | zero_shot | 0.2500 | 0.7500 |" in text
-    assert "| words | ndcg_at_10 | few_shot |  | 0.2500 |" in text
+    assert "| task | metric | before zero_shot | after zero_shot | after few_shot | after few - zero |" in text
+    assert "| words | ndcg_at_10 | 0.2500 | 0.7500 | 0.2500 | -0.5000 |" in text
     assert "- a note" in text
     assert "![loss](loss.png)" in text
     assert "torch 2." in text

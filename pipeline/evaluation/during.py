@@ -5,14 +5,14 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from pipeline.evaluation.tasks import RetrievalTask
+from pipeline.evaluation.tasks import LocalTask
 from pipeline.files import write_text
 from pipeline.inference.embedder import FewShotEmbedder
 
 LOG = "evaluation.jsonl"
 
 
-def score_task(embedder: FewShotEmbedder, task: RetrievalTask, num_examples: int) -> dict[str, float]:
+def score_task(embedder: FewShotEmbedder, task: LocalTask, num_examples: int) -> dict[str, float]:
     """`task/mode` -> the task's metric; few-shot where the task has examples and num_examples is not 0."""
     from pipeline.evaluation.runner import score_modes  # mteb takes seconds to load
 

@@ -3,25 +3,15 @@
 import json
 import platform
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from pipeline.evaluation.table import Score, markdown_table
 from pipeline.files import write_text
 from pipeline.settings import LossSettings, Settings
 
 PACKAGES = ("bge-icl-train", "torch", "transformers", "deepspeed", "peft", "mteb", "numpy")
-
-
-@dataclass(frozen=True)
-class Score:
-    """One number: `model` is before or after training (or any label), `mode` is zero_shot or few_shot."""
-
-    model: str
-    mode: str
-    task: str
-    metric: str
-    value: float
 
 
 def read_scores(path: Path) -> list[Score]:
@@ -36,27 +26,21 @@ def read_scores(path: Path) -> list[Score]:
 
 def add_scores(path: Path, new: Sequence[Score]) -> list[Score]:
     """Add scores to a file; an entry for the same model, mode, task and metric is replaced. Returns all of them."""
-    names = {replace(score, value=0.0) for score in new}
-    scores = [score for score in read_scores(path) if replace(score, value=0.0) not in names] + list(new)
+    names = {score.name for score in new}
+    scores = [score for score in read_scores(path) if score.name not in names] + list(new)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps([asdict(score) for score in scores], indent=1) + "\n")
     return scores
 
 
-def score_table(scores: Sequence[Score]) -> str:
-    """The scores as aligned plain text, one a line."""
-    rows = [("model", "mode", "task", "metric", "value")]
-    rows += [(s.model, s.mode, s.task, s.metric, f"{s.value:.4f}") for s in scores]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
-
-
-def write_report(run_folder: Path, settings: Settings, scores: Sequence[Score], notes: Sequence[str] = ()) -> Path:
-    """Write `run_folder`/report.md: scores side by side, settings, versions; returns its path."""
-    lines = [f"# {run_folder.name}", "", "## Scores", "", *_markdown_scores(scores), ""]
+def write_report(
+    run_folder: Path, settings: Settings | None, scores: Sequence[Score], notes: Sequence[str] = ()
+) -> Path:
+    """Write `run_folder`/report.md: scores side by side, settings if there is a recipe, versions; returns its path."""
+    lines = [f"# {run_folder.name}", "", "## Scores", "", *markdown_table(scores), ""]
     lines += [f"- {note}" for note in notes]
-    lines += ["", "## Settings", "", *_markdown_settings(settings), ""]
+    if settings is not None:
+        lines += ["", "## Settings", "", *_markdown_settings(settings), ""]
     if (run_folder / "settings.yaml").is_file():
         lines += ["All of them: [settings.yaml](settings.yaml).", ""]
     if (run_folder / "loss.png").is_file():
@@ -65,19 +49,6 @@ def write_report(run_folder: Path, settings: Settings, scores: Sequence[Score], 
     path = run_folder / "report.md"
     write_text(path, "\n".join(lines))
     return path
-
-
-def _markdown_scores(scores: Sequence[Score]) -> list[str]:
-    """A row for each task, metric and mode; a column for each model, in the order of the scores."""
-    models = list(dict.fromkeys(score.model for score in scores))
-    values = {(s.task, s.metric, s.mode, s.model): s.value for s in scores}
-    rows = dict.fromkeys((s.task, s.metric, s.mode) for s in scores)
-    lines = [f"| task | metric | mode | {' | '.join(models)} |", "|---" * (3 + len(models)) + "|"]
-    for row in rows:
-        found = [values.get((*row, model)) for model in models]
-        cells = ["" if value is None else f"{value:.4f}" for value in found]
-        lines.append(f"| {' | '.join([*row, *cells])} |")
-    return lines
 
 
 def _markdown_settings(settings: Settings) -> list[str]:

@@ -1,52 +1,52 @@
-"""Scores of an embedder on local tasks; mteb ranks and scores, so that numbers compare with published ones.
+"""Scores of a model on tasks; mteb ranks, classifies, clusters and scores, so that numbers compare with published ones.
 
 N texts, D width.
 """
 
+import hashlib
 import logging
 import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-from datasets import Dataset
 from mteb import evaluate
-from mteb.abstasks.retrieval import AbsTaskRetrieval
-from mteb.abstasks.task_metadata import TaskMetadata
+from mteb.abstasks import AbsTask
 from mteb.models import ModelMeta
 from mteb.models.abs_encoder import AbsEncoder
 from mteb.types import PromptType
 
-from pipeline.evaluation.tasks import RetrievalTask
+from pipeline.evaluation.mteb_tasks import as_mteb
+from pipeline.evaluation.sides import BARE, EXAMPLES, INSTRUCTION, carried, is_normalized
+from pipeline.evaluation.tasks import LocalTask
+from pipeline.files import write_atomic
 from pipeline.inference.embedder import Example, FewShotEmbedder
 
 log = logging.getLogger(__name__)
 
-Encode = Callable[[list[str]], np.ndarray]  # N texts -> float32 [N, D]
+Encode = Callable[[list[str], str], np.ndarray]  # (N texts, what they carry) -> float32 [N, D]
 
 
 def score_modes(
-    embedder: FewShotEmbedder, task: RetrievalTask, modes: Sequence[str], num_examples: int
+    embedder: FewShotEmbedder, task: LocalTask, modes: Sequence[str], num_examples: int, sides: str = "released"
 ) -> dict[str, float]:
-    """The task's metric for each mode; passages are encoded once for all modes.
+    """The local task's metric for each mode; texts without examples are encoded once for all modes.
 
     Raises:
         ValueError: few_shot is asked for with no examples, or with more than the task holds; an unknown metric.
     """
-    examples = {mode: choose_examples(task, num_examples) if mode == "few_shot" else () for mode in modes}
-    encode_passages = _each_once(embedder.encode_passages)
+    shots = {mode: choose_examples(task, num_examples) if mode == "few_shot" else () for mode in modes}
     scores = {}
-    for mode in modes:
-        shots = examples[mode]
-
-        def encode_queries(texts: list[str], shots: Sequence[Example] = shots) -> np.ndarray:
-            return embedder.encode_queries(texts, task.instruction, shots)
-
-        scores[mode] = score_retrieval(task, encode_queries, encode_passages)
+    with TemporaryDirectory() as memory:
+        for mode in modes:
+            encode = prompted(embedder, task.kind, task.instruction, shots[mode], sides, Path(memory))
+            scores[mode] = score_local(task, encode, sides)
     return scores
 
 
-def choose_examples(task: RetrievalTask, num_examples: int) -> tuple[Example, ...]:
+def choose_examples(task: LocalTask, num_examples: int) -> tuple[Example, ...]:
     """The first `num_examples` examples of the task: the same for every model and query."""
     if num_examples < 1:
         raise ValueError(f"--num-examples {num_examples} leaves few_shot without examples; use --modes zero_shot")
@@ -58,79 +58,93 @@ def choose_examples(task: RetrievalTask, num_examples: int) -> tuple[Example, ..
     return task.examples[:num_examples]
 
 
-def score_retrieval(task: RetrievalTask, encode_queries: Encode, encode_passages: Encode) -> float:
-    """The task's metric (0..1) by cosine similarity; ValueError where mteb computes no such metric."""
-    meta = ModelMeta.create_empty({"name": "local/embedder", "revision": "local"})
+def prompted(
+    embedder: FewShotEmbedder, kind: str, instruction: str, examples: Sequence[Example], sides: str, memory: Path
+) -> Encode:
+    """The embedder with a task's instruction and examples as a function of texts and what they carry.
+
+    Args:
+        memory: folder of blocks of embeddings without examples, which other modes share, and which a run that was cut
+            off does not make again. It serves one model and one task.
+    """
+    normalize = is_normalized(sides, kind)
+
+    def encode_all(texts: list[str], carry: str) -> np.ndarray:
+        if carry == BARE:
+            return embedder.encode_passages(texts, normalize=normalize)
+        return embedder.encode_queries(texts, instruction, examples if carry == EXAMPLES else (), normalize=normalize)
+
+    def encode(texts: list[str], carry: str) -> np.ndarray:
+        distinct = list(dict.fromkeys(texts))
+        if carry == EXAMPLES and not examples:
+            carry = INSTRUCTION
+        if carry == EXAMPLES:
+            found_ND = encode_all(distinct, carry)
+        else:
+            found_ND = _remembered(memory, carry, distinct, lambda: encode_all(distinct, carry))
+        number = {text: n for n, text in enumerate(distinct)}
+        return found_ND[[number[text] for text in texts]]
+
+    return encode
+
+
+def score_local(task: LocalTask, encode: Encode, sides: str = "released") -> float:
+    """The local task's metric (0..1) by cosine similarity; ValueError where mteb computes no such metric."""
+    return score_mteb(encoder_of(encode, task.kind, sides), as_mteb(task, sides))[0]
+
+
+def score_mteb(model: Any, task: AbsTask) -> tuple[float, Any]:
+    """(main score 0..1, all of mteb's: split -> one record a language subset).
+
+    Raises:
+        ValueError: mteb does not compute the metric that the task names.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        result = evaluate(
-            _LocalEncoder(meta, encode_queries, encode_passages),  # type: ignore[arg-type]
-            _LocalRetrieval(task),
-            cache=None,
-            co2_tracker=False,
-            show_progress_bar=False,
-        )
-    scores = result.task_results[0].scores["test"][0]
-    if task.metric not in scores:
-        known = sorted(name for name in scores if name.endswith("_at_10"))
-        raise ValueError(f"task {task.name}: unknown metric {task.metric!r}; for example {', '.join(known)}")
-    return float(scores[task.metric])
+        try:
+            result = evaluate(model, task, cache=None, co2_tracker=False, show_progress_bar=False).task_results[0]
+        except KeyError as error:
+            if error.args != (task.metadata.main_score,):
+                raise
+            raise ValueError(f"mteb has no metric {error} for tasks of type {task.metadata.type}") from error
+    return float(result.get_score()), result.scores
 
 
-class _LocalRetrieval(AbsTaskRetrieval):
-    """A task in memory in the form that mteb takes its own from."""
-
-    metadata = TaskMetadata(
-        name="local",
-        description="a local folder",
-        type="Retrieval",
-        dataset={"path": "local", "revision": "local"},
-        eval_langs=["eng-Latn"],
-        main_score="ndcg_at_10",
-    )
-
-    def __init__(self, task: RetrievalTask) -> None:
-        super().__init__()
-        self._task = task
-
-    def load_data(self, *args: Any, **kwargs: Any) -> None:
-        """Hand over the texts; nothing is downloaded."""
-        corpus = [{"id": i, "title": "", "text": text} for i, text in self._task.corpus.items()]
-        queries = [{"id": i, "text": text} for i, text in self._task.queries.items()]
-        split = {
-            "corpus": Dataset.from_list(corpus),
-            "queries": Dataset.from_list(queries),
-            "relevant_docs": {i: dict(row) for i, row in self._task.relevant.items()},
-            "top_ranked": None,
-        }
-        self.dataset = {"default": {"test": split}}  # type: ignore[dict-item]
-        self.data_loaded = True
+def encoder_of(encode: Encode, kind: str, sides: str) -> AbsEncoder:
+    """A function of texts as a model of mteb, for tasks of this kind."""
+    return _Encoder(encode, kind, sides)
 
 
-class _LocalEncoder(AbsEncoder):
-    """Two functions as a model of mteb."""
+class _Encoder(AbsEncoder):
+    """mteb asks for a class."""
 
-    def __init__(self, meta: ModelMeta, encode_queries: Encode, encode_passages: Encode) -> None:
-        self.mteb_model_meta = meta
-        self._encode = {PromptType.query: encode_queries, PromptType.document: encode_passages}
+    def __init__(self, encode: Encode, kind: str, sides: str) -> None:
+        self.mteb_model_meta = ModelMeta.create_empty({"name": "local/embedder", "revision": "local"})
+        self._encode, self._kind, self._sides = encode, kind, sides
 
     def encode(self, inputs: Any, *, prompt_type: PromptType | None = None, **kwargs: Any) -> np.ndarray:
         """Embeddings [N, D] of all batches."""
-        assert prompt_type is not None
-        embeddings_ND = self._encode[prompt_type]([text for batch in inputs for text in batch["text"]])
+        carry = carried(self._sides, self._kind, is_document=prompt_type == PromptType.document)
+        embeddings_ND = self._encode([text for batch in inputs for text in batch["text"]], carry)
         if not np.isfinite(embeddings_ND).all():
             raise ValueError("the model returns embeddings that are not finite; its weights are damaged")
         return embeddings_ND
 
 
-def _each_once(encode: Callable[[Sequence[str]], np.ndarray]) -> Encode:
-    """`encode` that remembers: a text seen before, in this call or an earlier one, is not encoded again."""
-    seen: dict[str, np.ndarray] = {}
+def _remembered(memory: Path, carry: str, texts: Sequence[str], encode: Callable[[], np.ndarray]) -> np.ndarray:
+    """A block of embeddings from the folder, or made and put there."""
+    digest = hashlib.sha256(carry.encode())
+    for text in texts:
+        digest.update(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest())
+    path = memory / f"{digest.hexdigest()}.npy"
+    if path.is_file():
+        return np.load(path)
+    block_ND = encode()
+    memory.mkdir(parents=True, exist_ok=True)
 
-    def encode_new(texts: list[str]) -> np.ndarray:
-        new = [text for text in dict.fromkeys(texts) if text not in seen]
-        if new:
-            seen.update(zip(new, encode(new), strict=True))
-        return np.stack([seen[text] for text in texts])
+    def save(temporary: Path) -> None:
+        with temporary.open("wb") as file:
+            np.save(file, block_ND)
 
-    return encode_new
+    write_atomic(path, save)
+    return block_ND

@@ -14,7 +14,7 @@ import torch
 from pipeline.data.sampling import Schedule, check_world_size, make_schedule, plan_step
 from pipeline.data.store import TokenStore, open_store, require_match, verify_shards
 from pipeline.data.tokenizing import PromptTokenizer, load_tokenizer
-from pipeline.evaluation.tasks import RetrievalTask, load_task
+from pipeline.evaluation.tasks import LocalTask, load_task
 from pipeline.files import file_sha256, locked
 from pipeline.model.encoder import MARKERS_FILE, Encoder, choose_trained, load_encoder, require_rows
 from pipeline.model.loss import require_dims
@@ -45,7 +45,7 @@ class Run:
     checkpoint: Path | None  # to go on from
     schedule: Schedule
     tokenizer: PromptTokenizer
-    tasks: tuple[RetrievalTask, ...]  # to evaluate on
+    tasks: tuple[LocalTask, ...]  # to evaluate on
     encoder: Encoder
     engine: Any
     total_steps: int
@@ -161,7 +161,7 @@ def warn_of_odd_sizes(settings: Settings, schedule: Schedule, total_steps: int) 
             log.warning("dataset %s has %d rows, less than the batch of %d queries", dataset.name, rows, asked)
 
 
-def load_tasks(evaluation: EvaluationSettings) -> tuple[RetrievalTask, ...]:
+def load_tasks(evaluation: EvaluationSettings) -> tuple[LocalTask, ...]:
     """The tasks to evaluate on; ValueError where one is not whole, or what scores is not installed."""
     if evaluation.every and importlib.util.find_spec("mteb") is None:
         raise ValueError("evaluation.tasks needs mteb, which is not installed; pip install bge-icl-train[eval]")

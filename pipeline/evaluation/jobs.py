@@ -1,0 +1,208 @@
+"""One task, in one mode, by one model: scored, or read back where the same was scored before.
+
+Beside each score stands how it came about: a JSON file under a key made of everything that decides the score. The key
+holds the model's content, never its folder's name; so a run that was cut off goes on, and any number of processes that
+share the folder share the work.
+"""
+
+import hashlib
+import json
+import logging
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from mteb.abstasks import AbsTask
+
+from pipeline.evaluation.baselines import can_score
+from pipeline.evaluation.mteb_tasks import as_mteb, data_revision, public_task
+from pipeline.evaluation.novelty import mark_novelty
+from pipeline.evaluation.public import find_examples, find_instruction
+from pipeline.evaluation.runner import choose_examples, encoder_of, prompted, score_mteb
+from pipeline.evaluation.sides import is_normalized
+from pipeline.evaluation.table import Score
+from pipeline.evaluation.tasks import LocalTask, content_digest
+from pipeline.files import locked, write_text
+from pipeline.inference.embedder import Example, FewShotEmbedder
+
+PACKAGES = ("mteb", "torch", "transformers", "numpy", "scikit-learn")
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A task with all that its scores depend on beside the model."""
+
+    task: str
+    kind: str  # as in sides.py
+    metric: str
+    instruction: str
+    examples: tuple[Example, ...]  # of few_shot; none: few_shot is left out
+    sides: str
+    data: str  # digest of a folder's content, or name and revision of public data
+    make: Callable[[], AbsTask]
+    some_query: str  # "" where the data is not loaded yet
+    about: str
+
+
+@dataclass(frozen=True)
+class Model:
+    """What is scored: an embedder with prompts, or a baseline that mteb knows how to call."""
+
+    label: str
+    fingerprint: str
+    embedder: FewShotEmbedder | None
+    baseline: Any = None
+    datasets: tuple[str, ...] | None = None  # names of what it was trained on; None: not known
+
+
+def local_job(task: LocalTask, modes: Sequence[str], num_examples: int, sides: str) -> Job:
+    """The job of a local folder; ValueError where few_shot is asked for and it has too few examples."""
+    return Job(
+        task=task.name,
+        kind=task.kind,
+        metric=task.metric,
+        instruction=task.instruction,
+        examples=choose_examples(task, num_examples) if "few_shot" in modes else (),
+        sides=sides,
+        data=content_digest(task),
+        make=lambda: as_mteb(task, sides),
+        some_query=task.some_query,
+        about=task.describe(),
+    )
+
+
+def public_job(name: str, num_examples: int | None, sides: str, data_root: Path | None) -> Job:
+    """The job of a task of mteb, with the paper's instruction (else mteb's own) and examples.
+
+    Args:
+        num_examples: the first so many of the paper's examples; None: all of them.
+    """
+    task, kind = public_task(name, sides, data_root)
+    instruction = find_instruction(name)
+    if instruction is None:
+        instruction = task.metadata.prompt if isinstance(task.metadata.prompt, str) else task.abstask_prompt
+        log.info("%s: the paper has no instruction; mteb's is taken: %s", name, instruction)
+    return Job(
+        task=name,
+        kind=kind,
+        metric=task.metadata.main_score,
+        instruction=instruction,
+        examples=tuple(find_examples(name))[:num_examples],
+        sides=sides,
+        data=data_revision(task),
+        make=lambda: public_task(name, sides, data_root)[0],
+        some_query="",
+        about=f"{kind}, mteb's",
+    )
+
+
+def run_job(model: Model, job: Job, modes: Sequence[str], folder: Path) -> list[Score]:
+    """The job's scores, in each mode that applies to it; what is not there yet is computed and stored.
+
+    Raises:
+        ValueError: another process is at this job (`is_busy` tells beforehand).
+    """
+    scores = []
+    if model.baseline is not None and not can_score(model.baseline, job.kind):
+        log.info("%s: %s cannot score a task of type %s; left out", job.task, model.label, job.kind)
+        return []
+    memory = folder / "embeddings" / _digest(model.fingerprint, job.task, job.data, job.instruction, job.sides)
+    with locked(_lock(model, job, folder), f"task {job.task}: another process scores it in {folder}"):
+        for mode in _modes(model, job, modes):
+            path = folder / f"{job.task}-{mode}-{_key(model, job, mode)[:16]}.json"
+            if path.is_file():
+                record = json.loads(path.read_text(encoding="utf-8"))
+                log.info("%s %s: %.4f, as scored on %s (%s)", job.task, mode, record["value"], record["date"], path)
+            else:
+                record = _score(model, job, mode, memory)
+                write_text(path, json.dumps(record, indent=1, ensure_ascii=False, default=float) + "\n")
+            novelty = "" if model.datasets is None else mark_novelty(job.task, job.kind, model.datasets)
+            scores.append(Score(model.label, mode, job.task, job.metric, record["value"], job.kind, novelty, path.name))
+        shutil.rmtree(memory, ignore_errors=True)
+    return scores
+
+
+def is_busy(model: Model, job: Job, folder: Path) -> bool:
+    """Whether another process is scoring this job."""
+    try:
+        with locked(_lock(model, job, folder), "busy"):
+            return False
+    except ValueError as error:
+        if str(error) != "busy":
+            raise
+        return True
+
+
+def _modes(model: Model, job: Job, modes: Sequence[str]) -> list[str]:
+    """Baselines have no prompts, and some public tasks no examples."""
+    if model.embedder is None:
+        return ["zero_shot"]
+    if "few_shot" in modes and not job.examples:
+        log.info("%s: no examples are known, few_shot is left out", job.task)
+    return [mode for mode in modes if mode == "zero_shot" or job.examples]
+
+
+def _score(model: Model, job: Job, mode: str, memory: Path) -> dict[str, Any]:
+    started = time.monotonic()
+    examples = job.examples if mode == "few_shot" else ()
+    with _notes() as notes:
+        if model.embedder is None:
+            scorer: Any = model.baseline
+        else:
+            encode = prompted(model.embedder, job.kind, job.instruction, examples, job.sides, memory)
+            scorer = encoder_of(encode, job.kind, job.sides)
+        value, scores = score_mteb(scorer, job.make())
+    prompt = ""
+    if model.embedder is not None and job.some_query:
+        prompt = model.embedder.render(model.embedder.compose_queries([job.some_query], job.instruction, examples)[0])
+    return {
+        "value": value,
+        "mode": mode,
+        **{name: given for name, given in vars(job).items() if name not in ("make", "some_query", "examples")},
+        "examples": [{"query": query, "response": response} for query, response in examples],
+        "prompt_of_first_query": prompt,
+        "normalized": is_normalized(job.sides, job.kind),
+        "notes": notes,  # what was cut or dropped, and how often
+        "model": model.label,
+        "fingerprint": model.fingerprint,
+        "versions": {name: version(name) for name in PACKAGES},
+        "seconds": time.monotonic() - started,
+        "date": time.strftime("%Y-%m-%d"),
+        "scores": scores,
+    }
+
+
+@contextmanager
+def _notes() -> Iterator[list[str]]:
+    """What the embedder logs meanwhile: each message once, with how often it came."""
+    counts: dict[str, int] = {}
+    notes: list[str] = []
+    handler = logging.Handler(logging.INFO)
+    handler.emit = lambda record: counts.update({record.getMessage(): counts.get(record.getMessage(), 0) + 1})  # type: ignore[method-assign]
+    logger = logging.getLogger("pipeline.inference")
+    logger.addHandler(handler)
+    try:
+        yield notes
+    finally:
+        logger.removeHandler(handler)
+        notes += [text if count == 1 else f"{text} ({count} times)" for text, count in counts.items()]
+
+
+def _key(model: Model, job: Job, mode: str) -> str:
+    examples = job.examples if mode == "few_shot" else ()
+    decides = [model.fingerprint, job.task, job.data, job.metric, mode, job.sides, job.instruction, examples]
+    return _digest(*decides, version("mteb"))
+
+
+def _lock(model: Model, job: Job, folder: Path) -> Path:
+    return folder / "locks" / f"{job.task}-{_digest(model.fingerprint, job.data, job.sides)[:16]}"
+
+
+def _digest(*parts: Any) -> str:
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
