@@ -92,6 +92,28 @@ class FewShotEmbedder:
         prompts = self._compose(texts, self._instruction(instruction, task), examples_of, drop_examples)
         return self._encode_prompts(prompts, 1 if share_prefix else None, normalize)
 
+    def encode_queries_each(
+        self,
+        texts: Sequence[str],
+        instruction: str | None,
+        examples_of: Sequence[Sequence[Example]],
+        *,
+        task: str | None = None,
+        normalize: bool = True,
+        drop_examples: bool = False,
+    ) -> np.ndarray:
+        """`encode_queries` with examples of each query's own (`pipeline/inference/choosing.py` chooses some).
+
+        Queries with equal examples share their prefix; the prompts of the others are packed together.
+
+        Args:
+            examples_of: N lists of (query, response), leftmost first.
+        """
+        if len(examples_of) != len(texts):
+            raise ValueError(f"examples_of has {len(examples_of)} lists for {len(texts)} texts; give one a text")
+        prompts = self._compose(texts, self._instruction(instruction, task), list(examples_of), drop_examples)
+        return self._encode_prompts(prompts, 2, normalize)
+
     def encode_passages(self, texts: Sequence[str], *, normalize: bool = True) -> np.ndarray:
         """Embed passages: float32 [N, D] in the order of `texts`; ValueError for one that is no text.
 
