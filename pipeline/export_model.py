@@ -40,7 +40,7 @@ def export(run: Path, out: Path, shots: int) -> None:
         log.warning("no %s/: %s", SENTENCE_TRANSFORMERS, reason)
     else:
         examples = json.loads((model / "examples.json").read_text(encoding="utf-8"))
-        prompts = prompts_of(description.template, examples, shots)
+        prompts = prompts_of(description.template, description.tasks, examples, shots)
         write_sentence_transformers(partial / MERGED, partial / SENTENCE_TRANSFORMERS, prompts)
 
     checks = run_gate(model, partial)

@@ -32,6 +32,7 @@ def run(trained: Trained) -> Path:  # noqa: F811
     (folder / "model" / "chat_template.jinja").write_text("chat: {{ messages[0]['content'] }}")
     rows = [{"instruction": INSTRUCTION, "query": query, "response": response} for query, response in EXAMPLES]
     (folder / "model" / "examples.json").write_text(json.dumps({"tiny": rows}))
+    change_json(folder / "model" / "embedder.json", tasks={"tiny": INSTRUCTION})
     np.save(folder / "model" / GATE_FILE, gate_embeddings(embedder))
     return folder
 

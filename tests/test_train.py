@@ -13,6 +13,7 @@ import torch
 from launching import REPOSITORY, environment, launch, require_success, run_python
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiny_run import TYPES
 
 from pipeline.data.composing import Limits, plan_lengths
 from pipeline.data.sampling import make_schedule, plan_step
@@ -85,7 +86,9 @@ def test_run_folder_holds_everything(whole_run):
     assert len(losses(out)) == 6 and stdout.count("| loss ") == 6
     metrics = json.loads((out / "metrics.jsonl").read_text().splitlines()[0])
     assert metrics["chunks"] >= 2 and metrics["passes"] == 2 * metrics["chunks"] - 1 and metrics["tokens"] > 0
-    assert read_description(out / "model").matryoshka_dims == (16,)
+    description = read_description(out / "model")
+    assert description.matryoshka_dims == (16,)
+    assert description.tasks == {name: f"Do {name}." for name in TYPES}
     adapter = load_file(out / "model" / "adapter_model.safetensors")
     assert all(value.norm() > 0 for name, value in adapter.items() if "lora_B" in name)
     # What the engine gave on two ranks under ZeRO-3 is what the saved model gives.

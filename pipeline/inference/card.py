@@ -13,8 +13,7 @@ def model_card(run: Path, folder: Path, checks: Sequence[Check]) -> str:
     description = read_description(folder / ADAPTER)
     _, prompt_end = around_query(description.template, "", ())
     limits = description.limits
-    examples = json.loads((folder / ADAPTER / "examples.json").read_text(encoding="utf-8"))
-    tasks = {name: rows[0]["instruction"] for name, rows in examples.items() if rows}
+    tasks = description.tasks
     first = next(iter(tasks), "")
     table = "\n".join(f"| `{name}` | {instruction} |" for name, instruction in tasks.items())
     gate = "\n".join(f"| {check.name} | {check.value:.6f} | {check.least:g} |" for check in checks)

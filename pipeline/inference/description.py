@@ -2,7 +2,8 @@
 
 import dataclasses
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ DESCRIPTION_FILE = "embedder.json"
 
 @dataclass(frozen=True)
 class EmbedderDescription:
-    """Everything beside weights and tokenizer files. Embeddings are always L2-normalised."""
+    """Everything beside weights and tokenizer files."""
 
     model: ModelSettings  # the decoder: name (the folder itself, if it holds every weight), depth, attention, ...
     template: Template
@@ -24,6 +25,7 @@ class EmbedderDescription:
     tokens: PromptTokens
     fingerprint: str  # of the tokenizer with markers
     matryoshka_dims: tuple[int, ...] = ()  # widths below the full one that were trained
+    tasks: Mapping[str, str] = field(default_factory=dict)  # training set -> its instruction
 
 
 def read_description(folder: str | Path) -> EmbedderDescription:
@@ -47,6 +49,7 @@ def read_description(folder: str | Path) -> EmbedderDescription:
             tokens=PromptTokens(**_tuples(tree["prompt_tokens"])),
             fingerprint=tree["tokenizer_fingerprint"],
             matryoshka_dims=tuple(tree.get("matryoshka_dims", ())),  # folders from before it was written have none
+            tasks=dict(tree.get("tasks", {})),
         )
     except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} cannot be read ({error}); it was written by another version or damaged") from error

@@ -5,7 +5,7 @@ S sequences, T packed tokens, N texts, D width.
 
 import dataclasses
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,19 +14,19 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from pipeline.data.composing import ExampleIds, Ids, Limits, compose_passage, compose_query, compose_start
+from pipeline.data.composing import Limits
 from pipeline.data.packing import pack_chunk
-from pipeline.data.tokenizing import PromptTokenizer, load_tokenizer, tokenize_pieces
+from pipeline.data.tokenizing import PromptTokenizer, load_tokenizer
 from pipeline.datatypes import PackedChunk
 from pipeline.inference.description import read_description
+from pipeline.inference.passes import encode_sequences, run_pass
+from pipeline.inference.prompting import Example, Prompt, compose_passages, compose_prompts
 from pipeline.model.encoder import load_adapter, load_encoder, load_markers, require_rows, why_no_prefix
 from pipeline.model.prefix import Prefix
 from pipeline.prompts import get_template
 from pipeline.settings import ModelSettings, Settings
 
 log = logging.getLogger(__name__)
-
-Example = tuple[str, str]  # (query, response)
 
 # Tokens of one forward pass. On a CPU, larger ones leave the caches: at 8192 tokens the quickstart's model is 5 times
 # slower than at 1024.
@@ -48,81 +48,135 @@ class FewShotEmbedder:
     place: tuple[int, int] = (0, 1)
     dim: int | None = None  # embeddings are cut to this width and made unit vectors again; None: the full width
     before_pass: Callable[[], None] = lambda: None  # called before every forward pass, on all ranks as often
+    tasks: Mapping[str, str] = field(default_factory=dict)  # training set -> its instruction
     # Of the last tasks. Weights must stay as they are meanwhile; init=False: a replaced encoder begins with none.
     prefixes: dict[bytes, Prefix] = field(default_factory=dict, init=False, repr=False)
 
+    @property
+    def width(self) -> int:
+        """Numbers of an embedding, D."""
+        return int(self.dim or self.encoder.width)
+
     def encode_queries(
-        self, texts: Sequence[str], instruction: str, examples: Sequence[Example] = (), share_prefix: bool = True
+        self,
+        texts: Sequence[str],
+        instruction: str | None = None,
+        examples: Sequence[Example] = (),
+        share_prefix: bool = True,
+        *,
+        task: str | None = None,
+        normalize: bool = True,
+        drop_examples: bool = False,
     ) -> np.ndarray:
-        """Embed queries behind an instruction and in-context examples of the same task.
+        """Embed queries behind an instruction and in-context examples of the same task (arXiv 2409.15700, section 3.1).
 
         Args:
             texts: N queries.
             instruction: what the task asks for; "" leaves it out.
-            examples: (query, response), leftmost first; those that do not fit are dropped from the left and counted.
+            examples: (query, response), leftmost first.
             share_prefix: encode what all prompts begin with (the examples) once, not once a query; the same embeddings
                 but for rounding. Models that cannot do it say so in the log and encode whole prompts.
+            task: in place of an instruction, a training set of the model (`tasks`), whose instruction is taken.
+            normalize: give vectors of length 1; else the pooled hidden state as it is.
+            drop_examples: drop whole examples from the left where a prompt is longer than trained for
+                (`limits.max_prompt_tokens`). Else such prompts are encoded as they are, with a warning.
 
         Returns:
-            float32 [N, D], L2-normalised, in the order of `texts`.
-        """
-        instruct, shots = self._tokenize_shots(instruction, examples)
-        composed = self._compose(texts, instruct, shots)
-        prompts = [ids for ids, _ in composed]
-        if not (prompts and examples and share_prefix):
-            return self._encode(prompts, "queries")
-        if reason := why_no_prefix(self.encoder, max(map(len, prompts))):
-            log.info("every prompt is encoded whole: %s", reason)
-            return self._encode(prompts, "queries")
-        embeddings_ND = np.empty((len(prompts), self.dim or self.encoder.width), dtype=np.float32)
-        # Long queries drop examples, so their prompts begin otherwise.
-        for dropped in sorted({dropped for _, dropped in composed}):
-            group = [i for i, (_, d) in enumerate(composed) if d == dropped]
-            prefix = self._encode_prefix(compose_start(self.tokenizer.tokens, self.limits, instruct, shots[dropped:]))
-            embeddings_ND[group] = self._encode([prompts[i][prefix.length :] for i in group], "queries", prefix)
-        return embeddings_ND
+            float32 [N, D] in the order of `texts`.
 
-    def encode_passages(self, texts: Sequence[str]) -> np.ndarray:
-        """Embed passages: float32 [N, D], L2-normalised, in the order of `texts`."""
-        tokens, limit = self.tokenizer.tokens, self.limits.max_passage_tokens
-        pieces = tokenize_pieces(self.tokenizer, texts, "passage")
-        around = len(tokens.bos) + len(tokens.eos)
-        _log_cut("passages", [len(piece) + around for piece in pieces], limit)
-        return self._encode([compose_passage(tokens, self.limits, piece) for piece in pieces], "passages")
+        Raises:
+            ValueError: not one of instruction and task, an unknown task, a text or example that is none, or a prompt
+                longer than the model can read.
+        """
+        examples_of = [tuple(examples)] * len(texts)
+        prompts = self._compose(texts, self._instruction(instruction, task), examples_of, drop_examples)
+        return self._encode_prompts(prompts, 1 if share_prefix else None, normalize)
+
+    def encode_queries_each(
+        self,
+        texts: Sequence[str],
+        instruction: str | None,
+        examples_of: Sequence[Sequence[Example]],
+        *,
+        task: str | None = None,
+        normalize: bool = True,
+        drop_examples: bool = False,
+    ) -> np.ndarray:
+        """`encode_queries` with examples of each query's own (`pipeline/inference/choosing.py` chooses some).
+
+        Queries with equal examples share their prefix; the prompts of the others are packed together.
+
+        Args:
+            examples_of: N lists of (query, response), leftmost first.
+        """
+        if len(examples_of) != len(texts):
+            raise ValueError(f"examples_of has {len(examples_of)} lists for {len(texts)} texts; give one a text")
+        prompts = self._compose(texts, self._instruction(instruction, task), list(examples_of), drop_examples)
+        return self._encode_prompts(prompts, 2, normalize)
+
+    def encode_passages(self, texts: Sequence[str], *, normalize: bool = True) -> np.ndarray:
+        """Embed passages: float32 [N, D] in the order of `texts`; ValueError for one that is no text.
+
+        Args:
+            normalize: give vectors of length 1; else the pooled hidden state as it is.
+        """
+        ids = compose_passages(self.tokenizer, self.limits, texts, self._context)
+        with self._bar(len(ids), "passages") as bar:
+            return self._encode(ids, normalize, done=bar.update)
 
     def compose_queries(
-        self, texts: Sequence[str], instruction: str, examples: Sequence[Example] = ()
+        self, texts: Sequence[str], instruction: str, examples: Sequence[Example] = (), drop_examples: bool = False
     ) -> list[np.ndarray]:
         """Token ids of each query's whole prompt, int64; what was cut or dropped is counted in the log."""
-        return [ids for ids, _ in self._compose(texts, *self._tokenize_shots(instruction, examples))]
-
-    def _tokenize_shots(self, instruction: str, examples: Sequence[Example]) -> tuple[Ids, list[ExampleIds]]:
-        """Pieces of the instruction and of each example; what is longer than its limit is counted in the log."""
-        pt, limits = self.tokenizer, self.limits
-        instruct = tokenize_pieces(pt, [instruction], "instruct")[0] if instruction else []
-        queries = tokenize_pieces(pt, [query for query, _ in examples], "query")
-        responses = tokenize_pieces(pt, [response for _, response in examples], "response")
-        _log_cut("example queries", [len(instruct) + len(q) for q in queries], limits.max_example_query_tokens)
-        _log_cut("example responses", [len(r) for r in responses], limits.max_example_passage_tokens)
-        return instruct, [(instruct, query, response) for query, response in zip(queries, responses, strict=True)]
-
-    def _compose(
-        self, texts: Sequence[str], instruct: Ids, shots: Sequence[ExampleIds]
-    ) -> list[tuple[np.ndarray, int]]:
-        """(ids, examples dropped) of each prompt."""
-        pt, limits, tokens = self.tokenizer, self.limits, self.tokenizer.tokens
-        pieces = tokenize_pieces(pt, texts, "query")
-        around = len(tokens.bos) + len(instruct) + len(tokens.query_end) + len(tokens.eos)
-        _log_cut("queries", [len(piece) + around for piece in pieces], limits.max_query_tokens)
-        composed = [compose_query(tokens, limits, instruct, piece, shots) for piece in pieces]
-        num_short = sum(dropped > 0 for _, dropped in composed)
-        if num_short:
-            log.info("%d of %d prompts hold fewer than the %d examples (limit)", num_short, len(pieces), len(shots))
-        return composed
+        prompts = self._compose(texts, instruction, [tuple(examples)] * len(texts), drop_examples)
+        return [prompt.ids for prompt in prompts]
 
     def render(self, ids: np.ndarray) -> str:
         """A prompt's ids as the text that the model sees, markers and EOS included."""
         return str(self.tokenizer.tokenizer.decode(ids.tolist(), clean_up_tokenization_spaces=False))
+
+    @property
+    def _context(self) -> int | None:
+        """Tokens that the model can read."""
+        return getattr(self.encoder.decoder.config, "max_position_embeddings", None)
+
+    def _instruction(self, instruction: str | None, task: str | None) -> str:
+        if (instruction is None) == (task is None):
+            raise ValueError(f"instruction={instruction!r} and task={task!r}: give one of them")
+        if task is None:
+            assert instruction is not None
+            return instruction
+        if task not in self.tasks:
+            known = ", ".join(sorted(self.tasks)) or "none"
+            raise ValueError(f"task={task!r} is unknown to the model; known: {known}; or give instruction=")
+        return self.tasks[task]
+
+    def _compose(
+        self, texts: Sequence[str], instruction: str, examples_of: Sequence[Sequence[Example]], drop_examples: bool
+    ) -> list[Prompt]:
+        return compose_prompts(
+            self.tokenizer, self.limits, texts, instruction, examples_of, drop_examples, self._context
+        )
+
+    def _encode_prompts(self, prompts: Sequence[Prompt], least: int | None, normalize: bool) -> np.ndarray:
+        """float32 [N, D]; what `least` prompts or more begin with is encoded once (None: never)."""
+        groups: dict[bytes, list[int]] = {}
+        for i, prompt in enumerate(prompts):
+            groups.setdefault(prompt.ids[: prompt.start].tobytes(), []).append(i)
+        shared = [group for start, group in groups.items() if start and least is not None and len(group) >= least]
+        if shared and (reason := why_no_prefix(self.encoder, max(len(prompt.ids) for prompt in prompts))):
+            log.info("every prompt is encoded whole: %s", reason)
+            shared = []
+        alone = sorted(set(range(len(prompts))).difference(*shared))
+        embeddings_ND = np.empty((len(prompts), self.width), dtype=np.float32)
+        with self._bar(len(prompts), "queries") as bar:
+            embeddings_ND[alone] = self._encode([prompts[i].ids for i in alone], normalize, done=bar.update)
+            for group in shared:
+                first = prompts[group[0]]
+                prefix = self._encode_prefix(first.ids[: first.start])
+                rest = [prompts[i].ids[prefix.length :] for i in group]
+                embeddings_ND[group] = self._encode(rest, normalize, prefix, bar.update)
+        return embeddings_ND
 
     @torch.no_grad()
     def _encode_prefix(self, ids: np.ndarray) -> Prefix:
@@ -132,11 +186,12 @@ class FewShotEmbedder:
             while len(self.prefixes) >= KEPT_PREFIXES:
                 del self.prefixes[next(iter(self.prefixes))]  # the oldest
             prefix = Prefix(len(ids))
-            self._forward(pack_chunk(np.zeros(1, dtype=np.int64), [ids]), prefix)
+            chunk = pack_chunk(np.zeros(1, dtype=np.int64), [ids])
+            run_pass(chunk, lambda chunk: self._forward(chunk, prefix, True), may_halve=False)
             self.prefixes[key] = prefix
         return self.prefixes[key]
 
-    def _forward(self, chunk: PackedChunk, prefix: Prefix | None) -> torch.Tensor:
+    def _forward(self, chunk: PackedChunk, prefix: Prefix | None, normalize: bool) -> torch.Tensor:
         """embeddings_SD of a chunk, whose sequences stand behind the prefix once that is full."""
         self.before_pass()
         start = prefix.length if prefix is not None and prefix.is_full else 0
@@ -146,37 +201,33 @@ class FewShotEmbedder:
             torch.from_numpy(chunk.cu_seqlens).to(self.device),
             chunk.max_seqlen,
             prefix,
+            normalize,
         )
-        return embeddings_SD
+        if self.dim is None:
+            return embeddings_SD
+        cut_SD = embeddings_SD[:, : self.dim]
+        return torch.nn.functional.normalize(cut_SD, dim=1) if normalize else cut_SD
 
     @torch.no_grad()
-    def _encode(self, ids: Sequence[np.ndarray], what: str, prefix: Prefix | None = None) -> np.ndarray:
-        """Encode composed sequences longest first, so that a chunk holds like lengths and memory peaks at once."""
+    def _encode(
+        self,
+        ids: Sequence[np.ndarray],
+        normalize: bool,
+        prefix: Prefix | None = None,
+        done: Callable[[int], Any] = lambda number: None,
+    ) -> np.ndarray:
+        """float32 [N, D] of composed sequences, or of what follows the prefix in each."""
         if not ids:
-            return np.zeros((0, self.dim or self.encoder.width), dtype=np.float32)
-        order = sorted(range(len(ids)), key=lambda s: (-len(ids[s]), s))
-        chunks = _chunks(order, [len(i) for i in ids], self.chunk_tokens)
-        rank, num_ranks = self.place
-        # Equally many passes a rank, which ZeRO-3 needs: the last round repeats chunks where there are too few.
-        mine = [min(first + rank, len(chunks) - 1) for first in range(0, len(chunks), num_ranks)]
-        found: dict[int, np.ndarray] = {}
-        with tqdm(total=len(ids), desc=f"encode {what}", disable=not self.show_progress, leave=False) as bar:
-            for number in mine:
-                sequence_S = chunks[number]
-                chunk = pack_chunk(np.array(sequence_S), [ids[s] for s in sequence_S])
-                embeddings_SD = self._forward(chunk, prefix)
-                if self.dim is not None:
-                    embeddings_SD = torch.nn.functional.normalize(embeddings_SD[:, : self.dim], dim=1)
-                found[number] = embeddings_SD.float().cpu().numpy()
-                bar.update(len(sequence_S))
-        if num_ranks > 1:
-            everyone: list[Any] = [None] * num_ranks
-            torch.distributed.all_gather_object(everyone, found)
-            found = {number: rows for part in everyone for number, rows in part.items()}
-        sorted_ND = np.concatenate([found[number] for number in range(len(chunks))])
-        embeddings_ND = np.empty_like(sorted_ND)
-        embeddings_ND[order] = sorted_ND
-        return embeddings_ND
+            return np.zeros((0, self.width), dtype=np.float32)
+        length = 0 if prefix is None else prefix.length
+
+        def forward(chunk: PackedChunk) -> torch.Tensor:
+            return self._forward(chunk, prefix, normalize)
+
+        return encode_sequences(ids, forward, self.chunk_tokens, self.place, length, done)
+
+    def _bar(self, total: int, what: str) -> tqdm:
+        return tqdm(total=total, desc=f"encode {what}", disable=not self.show_progress, leave=False)
 
 
 def load_embedder(
@@ -212,7 +263,7 @@ def load_embedder(
     if description.model.trained == "lora":
         load_adapter(embedder.encoder, folder)
     embedder.encoder.to(embedder.device).eval()
-    return dataclasses.replace(embedder, dim=dim)
+    return dataclasses.replace(embedder, dim=dim, tasks=description.tasks)
 
 
 def load_base_embedder(
@@ -238,22 +289,3 @@ def _build(
     encoder = load_encoder(model, tokenizer.tokens.marker_ids, tokenizer.tokens.marker_subtokens, device.type)
     encoder.to(device).eval()
     return FewShotEmbedder(encoder, tokenizer, limits, device, chunk_tokens, show_progress)
-
-
-def _chunks(order: Sequence[int], lengths: Sequence[int], chunk_tokens: int) -> list[list[int]]:
-    """Consecutive sequences of `order` in chunks of at most `chunk_tokens` tokens."""
-    chunks: list[list[int]] = [[]]
-    room = chunk_tokens
-    for s in order:
-        if lengths[s] > room:
-            chunks.append([])
-            room = chunk_tokens
-        chunks[-1].append(s)
-        room -= lengths[s]
-    return chunks
-
-
-def _log_cut(what: str, lengths: Sequence[int], limit: int) -> None:
-    num_cut = sum(length > limit for length in lengths)
-    if num_cut:
-        log.info("%d of %d %s are longer than %d tokens and were cut", num_cut, len(lengths), what, limit)

@@ -87,14 +87,16 @@ def write_sentence_transformers(merged: Path, folder: Path, prompts: Mapping[str
     shutil.rmtree(work)
 
 
-def prompts_of(template: Template, examples: Mapping[str, Sequence[Mapping[str, str]]], shots: int) -> dict[str, str]:
-    """`<dataset>` and `<dataset>, few-shot` -> what stands before a query; `shots` of its examples at most."""
+def prompts_of(
+    template: Template,
+    tasks: Mapping[str, str],
+    examples: Mapping[str, Sequence[Mapping[str, str]]],
+    shots: int,
+) -> dict[str, str]:
+    """`<task>` and `<task>, few-shot` -> what stands before a query; `shots` of its examples at most."""
     found = {}
-    for name, rows in examples.items():
-        if not rows:
-            continue
-        instruction = rows[0]["instruction"]
-        shown = [(r["instruction"], r["query"], r["response"]) for r in rows[:shots]]
+    for name, instruction in tasks.items():
+        shown = [(r["instruction"], r["query"], r["response"]) for r in examples.get(name, [])[:shots]]
         for label, ones in ((name, []), (f"{name}, few-shot", shown)):
             found[label], _ = around_query(template, instruction, ones)
     return found

@@ -4,16 +4,18 @@ adapter_config.json, adapter_model.safetensors   PEFT's own form (keys of the de
 config.json, model.safetensors                   instead of them where every weight was trained
 markers.safetensors                              trained rows of the template's new markers, if it has any
 tokenizer files                                  with the markers added
-embedder.json                                    base model, layers, attention, pooling, template, limits, widths
+embedder.json                                    base model, layers, attention, pooling, template, limits, widths, tasks
 examples.json                                    a few (query, response) pairs of every training set
 """
 
 import dataclasses
 import json
+import logging
 import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from peft import PeftModel
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
@@ -28,7 +30,10 @@ from pipeline.inference.description import DESCRIPTION_FILE
 from pipeline.model.encoder import MARKERS_FILE, Encoder
 from pipeline.settings import Settings
 
+log = logging.getLogger(__name__)
+
 EXAMPLES_PER_DATASET = 8
+_SLICE = 1 << 20  # rows counted at once
 
 
 def save_model(
@@ -63,7 +68,7 @@ def save_model(
     for value in markers.values():
         save_file({"marker_rows": value}, partial / MARKERS_FILE)
     tokenizer.tokenizer.save_pretrained(str(partial))
-    _write_json(partial / DESCRIPTION_FILE, _description(tokenizer, settings))
+    _write_json(partial / DESCRIPTION_FILE, _description(tokenizer, settings, store))
     examples = {table.name: _examples(store, table) for table in store.datasets}
     _write_json(partial / "examples.json", examples)
     for path in (*partial.iterdir(), partial):
@@ -78,7 +83,7 @@ def save_model(
     shutil.rmtree(replaced, ignore_errors=True)
 
 
-def _description(tokenizer: PromptTokenizer, settings: Settings) -> dict[str, Any]:
+def _description(tokenizer: PromptTokenizer, settings: Settings, store: TokenStore) -> dict[str, Any]:
     """What an embedder must know besides weights, in the form that `read_description` reads."""
     model = settings.model
     return {
@@ -94,7 +99,20 @@ def _description(tokenizer: PromptTokenizer, settings: Settings) -> dict[str, An
         "tokenizer_fingerprint": tokenizer.fingerprint,
         "limits": dataclasses.asdict(Limits.from_settings(settings.preprocess)),
         "matryoshka_dims": settings.loss.matryoshka_dims,
+        "tasks": {table.name: _instruction(store, table) for table in store.datasets},
     }
+
+
+def _instruction(store: TokenStore, table: DatasetTable) -> str:
+    """The dataset's instruction; the most frequent one where rows have their own, which is logged."""
+    counts = np.zeros(len(store.instructions), dtype=np.int64)
+    for start in range(0, table.num_rows, _SLICE):
+        counts += np.bincount(table.instruction_N[start : start + _SLICE], minlength=len(counts))
+    best = int(counts.argmax())
+    if (num_used := int((counts > 0).sum())) > 1:
+        share = counts[best] / table.num_rows
+        log.info("%s has %d instructions; its task is the one of %.0f %% of rows", table.name, num_used, 100 * share)
+    return store.instructions[best]
 
 
 def _examples(store: TokenStore, table: DatasetTable) -> list[dict[str, str]]:

@@ -79,11 +79,13 @@ class Encoder(nn.Module):
         cu_seqlens: Tensor,
         max_seqlen: int,
         prefix: Prefix | None = None,
+        normalize: bool = True,
     ) -> Tensor:
         """embeddings_SD, fp32, L2-normalised, for the S sequences that `cu_seqlens` (int32, S + 1) cuts out.
 
         `prefix` stands before every sequence, whose position ids then begin at its length. One that is not full yet is
-        filled: the call's only sequence is the prefix. See `why_no_prefix`.
+        filled: the call's only sequence is the prefix. See `why_no_prefix`. Without `normalize` (never in training)
+        embeddings are the pooled hidden states as they are.
         """
         options: dict[str, Any] = {} if prefix is None else {"prefix": prefix}
         hidden = self.decoder(
@@ -100,10 +102,13 @@ class Encoder(nn.Module):
         if prefix is not None:
             prefix.is_full = True
         if self.pooling == "mean":
-            return _mean_pool(hidden, cu_seqlens)
+            mean_SD = _mean_pool(hidden, cu_seqlens)
+            return torch.nn.functional.normalize(mean_SD) if normalize else mean_SD
         last_S = cu_seqlens[1:].long() - 1
         if self.gives_last_rows:
             last_S = torch.arange(len(last_S), device=hidden.device)
+        if not normalize:
+            return hidden[last_S].float()
         return gather_last_token(hidden, last_S, impl=self.kernels)
 
 
@@ -123,12 +128,12 @@ def why_no_prefix(encoder: Any, longest: int) -> str:
 
 
 def _mean_pool(hidden_TD: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """Mean over all tokens of a sequence, then L2 (the paper's ablation, table 5)."""
+    """Mean over all tokens of a sequence (the paper's ablation, table 5): fp32 [S, D]."""
     lengths_S = cu_seqlens.diff().long()
     sequence_T = torch.repeat_interleave(torch.arange(len(lengths_S), device=hidden_TD.device), lengths_S)
     sums_SD = torch.zeros(len(lengths_S), hidden_TD.shape[1], device=hidden_TD.device)
     sums_SD = sums_SD.index_add(0, sequence_T, hidden_TD.float())
-    return torch.nn.functional.normalize(sums_SD / lengths_S[:, None])
+    return sums_SD / lengths_S[:, None]
 
 
 def load_encoder(
