@@ -36,7 +36,7 @@ EPILOG = """examples:
 
 a task is the name of a task of mteb or a folder with task.json and, by its type (pipeline/evaluation/tasks.py), for
 retrieval corpus.jsonl, queries.jsonl and qrels/test.tsv (BEIR's form); few_shot takes {"query", "response"} a line from
-examples.jsonl, for public tasks the paper's instruction and examples
+examples.jsonl. Public tasks have the paper's instruction; their examples are named by --examples-root
 """
 
 
@@ -57,9 +57,15 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--data-root", type=Path, help="folder with local copies of public data under their hub names (no network)"
     )
     parser.add_argument(
+        "--examples-root",
+        type=Path,
+        help="folder of examples for public tasks, MTEB/<task>.json: a list of {query, response} each "
+        "(research/llm_dense_retriever/examples/bge-en-icl of FlagEmbedding holds the paper's)",
+    )
+    parser.add_argument(
         "--num-examples",
         type=int,
-        help=f"in-context examples of few_shot (default: {LOCAL_EXAMPLES} of a folder's, the paper's of a public task)",
+        help=f"in-context examples of few_shot (default: {LOCAL_EXAMPLES} of a folder's, all of a public task's)",
     )
     parser.add_argument("--modes", default=",".join(MODES), help="zero_shot, few_shot or both with a comma (default)")
     parser.add_argument(
@@ -85,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.getLogger("pipeline").setLevel(logging.INFO)
     try:
         modes = parse_modes(args.modes)
-        settings = read_settings(args)
+        settings = read_settings(args.run, args.config, args.overrides)
         names = task_names(args)
         if args.processes > 1:
             share(list(sys.argv[1:] if argv is None else argv), args.processes)
@@ -104,17 +110,17 @@ def parse_modes(text: str) -> tuple[str, ...]:
     return modes
 
 
-def read_settings(args: argparse.Namespace) -> Settings | None:
+def read_settings(run: Path | None, config: Path | None, overrides: Sequence[str]) -> Settings | None:
     """Settings of the run or recipe, None for another model; ValueError where overrides cannot apply."""
-    if args.config is not None:
-        return load_settings(args.config, args.overrides)
-    if args.overrides:
-        raise ValueError(f"{' '.join(args.overrides)}: a trained model keeps its settings; overrides go with --config")
-    if args.run is None:
+    if config is not None:
+        return load_settings(config, overrides)
+    if overrides:
+        raise ValueError(f"{' '.join(overrides)}: a trained model keeps its settings; overrides go with --config")
+    if run is None:
         return None
-    if not (args.run / "settings.yaml").is_file():
-        raise ValueError(f"--run {args.run} is not the folder of a run: settings.yaml is missing")
-    return load_settings(args.run / "settings.yaml")
+    if not (run / "settings.yaml").is_file():
+        raise ValueError(f"--run {run} is not the folder of a run: settings.yaml is missing")
+    return load_settings(run / "settings.yaml")
 
 
 def task_names(args: argparse.Namespace) -> list[str]:
@@ -198,7 +204,7 @@ def make_job(args: argparse.Namespace, name: str, modes: Sequence[str]) -> "Job"
         task: LocalTask = load_task(name)
         wanted = modes if args.baseline is None else ("zero_shot",)
         return local_job(task, wanted, LOCAL_EXAMPLES if args.num_examples is None else args.num_examples, args.sides)
-    return public_job(name, args.num_examples, args.sides, args.data_root)
+    return public_job(name, args.num_examples, args.sides, args.data_root, args.examples_root)
 
 
 def load_model(args: argparse.Namespace, settings: Settings | None) -> "Model":

@@ -239,7 +239,9 @@ def test_scores_are_added_and_replaced(tmp_path: Path) -> None:
     assert add_scores(path, [replace(BEFORE, value=0.5), replace(BEFORE, model="after")]) == read_scores(path)
     found = [(s["model"], s["mode"], s["value"]) for s in json.loads(path.read_text())]
     assert found == [("before", "few_shot", 0.25), ("before", "zero_shot", 0.5), ("after", "zero_shot", 0.25)]
-    assert set(json.loads(path.read_text())[0]) == {*["model", "mode", "task", "metric", "value", "kind", "novelty", "details"]}
+    assert set(json.loads(path.read_text())[0]) == {
+        *["model", "mode", "task", "metric", "value", "kind", "novelty", "details"]
+    }
 
 
 def test_a_damaged_scores_file(tmp_path: Path) -> None:
@@ -280,7 +282,7 @@ def test_means_stand_below_several_tasks_and_only_where_every_task_has_a_score()
 def test_the_paper_stands_beside_public_tasks() -> None:
     lines = score_table([Score("x", "zero_shot", "ArguAna", "ndcg_at_10", 0.5)]).splitlines()
     assert "paper public few_shot" in lines[0]
-    assert lines[2].split()[-1] == "0.5581" and lines[2].split()[-2] == "0.5541"
+    assert lines[2].split()[-2:] == ["0.5581", "0.5541"]
 
 
 def test_the_report(tmp_path: Path) -> None:
@@ -303,9 +305,8 @@ def test_the_report(tmp_path: Path) -> None:
 # The entry.
 
 
-@pytest.fixture(scope="module")
-def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("entry")
+def write_recipe(folder: Path) -> Path:
+    """A recipe with a tiny model and the task."""
     make_tiny_model(folder / "model", [*WORDS, "where is the word", "Find the word."])
     write_task(folder / "words")
     tree = {
@@ -316,6 +317,11 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     (folder / "recipe.yaml").write_text(yaml.safe_dump(tree))
     return folder / "recipe.yaml"
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_recipe(tmp_path_factory.mktemp("entry"))
 
 
 def test_the_entry_scores_a_base_model(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -77,11 +77,17 @@ def local_job(task: LocalTask, modes: Sequence[str], num_examples: int, sides: s
     )
 
 
-def public_job(name: str, num_examples: int | None, sides: str, data_root: Path | None) -> Job:
-    """The job of a task of mteb, with the paper's instruction (else mteb's own) and examples.
+def public_job(
+    name: str, num_examples: int | None, sides: str, data_root: Path | None, examples_root: Path | None
+) -> Job:
+    """The job of a task of mteb, with the paper's instruction (else mteb's own).
 
     Args:
-        num_examples: the first so many of the paper's examples; None: all of them.
+        num_examples: the first so many of the examples; None: all of them.
+        examples_root: folder with MTEB/<task>.json; None: few_shot is left out.
+
+    Raises:
+        ValueError: mteb has no such task, or the folder no examples for it.
     """
     task, kind = public_task(name, sides, data_root)
     instruction = find_instruction(name)
@@ -93,7 +99,7 @@ def public_job(name: str, num_examples: int | None, sides: str, data_root: Path 
         kind=kind,
         metric=task.metadata.main_score,
         instruction=instruction,
-        examples=tuple(find_examples(name))[:num_examples],
+        examples=find_examples(name, examples_root / "MTEB")[:num_examples] if examples_root else (),
         sides=sides,
         data=data_revision(task),
         make=lambda: public_task(name, sides, data_root)[0],
@@ -117,7 +123,7 @@ def run_job(model: Model, job: Job, modes: Sequence[str], folder: Path) -> list[
         for mode in _modes(model, job, modes):
             path = folder / f"{job.task}-{mode}-{_key(model, job, mode)[:16]}.json"
             if path.is_file():
-                record = json.loads(path.read_text(encoding="utf-8"))
+                record = _read(path)
                 log.info("%s %s: %.4f, as scored on %s (%s)", job.task, mode, record["value"], record["date"], path)
             else:
                 record = _score(model, job, mode, memory)
@@ -176,6 +182,15 @@ def _score(model: Model, job: Job, mode: str, memory: Path) -> dict[str, Any]:
         "date": time.strftime("%Y-%m-%d"),
         "scores": scores,
     }
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        float(record["value"])
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({error}); remove it, and the task is scored again") from error
+    return record
 
 
 @contextmanager

@@ -1,0 +1,203 @@
+"""Scores are kept under what decides them: nothing is computed twice, nothing is taken for something else."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_evaluation import BOTH, ROOT, WORDS, encode_words, write_lines, write_recipe, write_task
+
+from pipeline import evaluate_embedder
+from pipeline.evaluation.report import read_scores
+
+ENTRY = ROOT / "pipeline/evaluate_embedder.py"
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_recipe(tmp_path_factory.mktemp("jobs"))
+
+
+def evaluate(recipe: Path, scores: Path, *arguments: str, task: str = "words") -> int:
+    options = ["--config", str(recipe), "--task", str(recipe.parent / task), "--scores", str(scores)]
+    return evaluate_embedder.main([*options, "--num-examples", "2", *arguments])
+
+
+def details(scores: Path) -> dict[str, dict]:
+    """Mode -> how the score came about."""
+    return {s.mode: json.loads((scores.parent / "evaluation" / s.details).read_text()) for s in read_scores(scores)}
+
+
+def test_how_a_score_came_about_stands_beside_it(recipe: Path, tmp_path: Path) -> None:
+    assert evaluate(recipe, tmp_path / "scores.json", "preprocess.max_passage_tokens=5") == 0
+    found = details(tmp_path / "scores.json")
+    zero, few = (found[mode] for mode in BOTH)
+    assert zero["examples"] == [] and zero["prompt_of_first_query"].startswith("<instruct>Find the word.\n<query>where")
+    assert few["examples"] == [{"query": "where is zinc", "response": "zinc"}, {"query": "x", "response": "y"}]
+    assert few["prompt_of_first_query"].startswith("<instruct>Find the word.\n<query>where is zinc\n<response>zinc\n\n")
+    assert few["instruction"] == "Find the word." and few["sides"] == "released" and few["normalized"]
+    assert any(
+        re.fullmatch(r"\d+ of 12 passages are longer than 5 tokens and were cut", note) for note in zero["notes"]
+    )
+    assert {"mteb", "torch"} <= few["versions"].keys() and re.fullmatch("[0-9a-f]{64}", few["fingerprint"])
+    assert few["scores"]["test"][0]["ndcg_at_10"] == few["value"]
+    assert not (tmp_path / "evaluation/embeddings").exists() or not any((tmp_path / "evaluation/embeddings").iterdir())
+
+
+def test_what_is_scored_is_not_scored_again(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scores = tmp_path / "scores.json"
+    assert evaluate(recipe, scores, "--modes", "zero_shot") == 0
+    value = read_scores(scores)[0].value
+    from pipeline.evaluation import jobs
+
+    scored = []
+    whole = jobs._score
+    monkeypatch.setattr(
+        jobs, "_score", lambda model, job, mode, memory: scored.append(mode) or whole(model, job, mode, memory)
+    )
+    scores.unlink()
+    assert evaluate(recipe, scores) == 0
+    assert scored == ["few_shot"]
+    assert f"words zero_shot: {value:.4f}, as scored on" in capsys.readouterr().out
+    assert [s.value for s in read_scores(scores) if s.mode == "zero_shot"] == [value]
+    # Another label is the same model; other weights, limits, sides, texts or examples are not.
+    assert evaluate(recipe, scores, "--label", "same") == 0
+    assert scored == ["few_shot"]
+    assert evaluate(recipe, scores, "preprocess.max_passage_tokens=9", "--modes", "zero_shot") == 0
+    assert evaluate(recipe, scores, "--sides", "trained", "--modes", "zero_shot") == 0
+    assert evaluate(recipe, scores, "--num-examples", "1", "--modes", "few_shot") == 0
+    other = write_task(tmp_path / "tasks" / "words")
+    lines = (other / "corpus.jsonl").read_text().splitlines()
+    (other / "corpus.jsonl").write_text("\n".join([*lines[:-1], json.dumps({"_id": "d11", "text": "lake"})]))
+    assert evaluate(recipe, scores, "--modes", "zero_shot", task=str(other)) == 0
+    assert scored == ["few_shot", "zero_shot", "zero_shot", "few_shot", "zero_shot"]
+
+
+def test_a_damaged_record_is_named(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    scores = tmp_path / "scores.json"
+    assert evaluate(recipe, scores, "--modes", "zero_shot") == 0
+    record = next((tmp_path / "evaluation").glob("*.json"))
+    record.write_text('{"value": ')
+    assert evaluate(recipe, scores, "--modes", "zero_shot") == 2
+    assert f"{record} is damaged" in capsys.readouterr().err
+
+
+def test_embeddings_without_examples_are_made_once(tmp_path: Path) -> None:
+    from pipeline.evaluation.runner import _remembered
+
+    def never() -> np.ndarray:
+        raise AssertionError("is there already")
+
+    texts = ["ash", "bay"]
+    made = _remembered(tmp_path, "bare", texts, lambda: encode_words(texts, "bare"))
+    np.testing.assert_array_equal(_remembered(tmp_path, "bare", texts, never), made)
+    for carry, others in (("instruction", texts), ("bare", texts[::-1]), ("bare", ["ash"]), ("bare", ["ashbay"])):
+        with pytest.raises(AssertionError, match="is there already"):
+            _remembered(tmp_path, carry, others, never)
+
+
+def test_one_failing_task_does_not_end_the_others(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scores = tmp_path / "scores.json"
+    missing = ["--task", "SICK-R", "--data-root", str(make_sts(tmp_path, "mteb/sickr-sts", {"sentence1": "a"}))]
+    assert evaluate(recipe, scores, *missing, "--modes", "zero_shot") == 1
+    captured = capsys.readouterr()
+    assert "error: SICK-R: " in captured.err and "1 of 2 tasks failed: SICK-R" in captured.err
+    assert [s.task for s in read_scores(scores)] == ["words"]
+
+
+def make_sts(folder: Path, name: str, *rows: dict) -> Path:
+    (folder / "data" / name).mkdir(parents=True)
+    write_lines(folder / "data" / name / "test.jsonl", list(rows))
+    return folder / "data"
+
+
+def test_a_task_of_mteb_by_name_on_a_local_copy_of_its_data(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pairs = [
+        {"sentence1": f"{a} {b}", "sentence2": f"{b} lake", "score": float(i)}
+        for i, (a, b) in enumerate(zip(WORDS, WORDS[1:], strict=False))
+    ]
+    root = make_sts(tmp_path, "mteb/sts15-sts", *pairs)
+    (tmp_path / "examples" / "MTEB").mkdir(parents=True)
+    (tmp_path / "examples/MTEB/STS15.json").write_text(json.dumps([{"query": "ash", "response": "ash"}]))
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    options = [
+        "--config",
+        str(recipe),
+        "--task",
+        "STS15",
+        "--data-root",
+        str(root),
+        "--scores",
+        str(tmp_path / "s.json"),
+    ]
+    assert evaluate_embedder.main([*options, "--examples-root", str(tmp_path / "examples")]) == 0
+    out = capsys.readouterr().out
+    assert "paper public few_shot" in out
+    found = details(tmp_path / "s.json")
+    assert found["few_shot"]["instruction"] == "Retrieve semantically similar text."
+    assert found["few_shot"]["examples"] == [{"query": "ash", "response": "ash"}]
+    assert len(found) == 2 and "mteb/sts15-sts@" in found["zero_shot"]["data"]
+    # Without examples there is no few_shot to speak of.
+    assert evaluate_embedder.main([*options, "--label", "other"]) == 0
+    assert "STS15: no examples are known, few_shot is left out" in capsys.readouterr().out
+    assert [(s.model, s.mode) for s in read_scores(tmp_path / "s.json")][-1] == ("other", "zero_shot")
+
+
+def test_processes_share_the_tasks(recipe: Path, tmp_path: Path) -> None:
+    tasks = []
+    for number in range(3):
+        folder = write_task(tmp_path / f"words{number}")
+        header = json.loads((folder / "task.json").read_text())
+        (folder / "task.json").write_text(json.dumps(header | {"name": f"words{number}"}))
+        tasks += ["--task", str(folder)]
+    command = [sys.executable, str(ENTRY), "--config", str(recipe), *tasks, "--num-examples", "2", "--processes", "2"]
+    command += ["--scores", str(tmp_path / "scores.json")]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    assert len(read_scores(tmp_path / "scores.json")) == 6
+    # Everything was scored once, by the processes; the first one only read what they had found.
+    assert len(re.findall(r"zero_shot: 0\.\d+, as scored on", result.stdout)) >= 3
+    records = [json.loads(path.read_text()) for path in (tmp_path / "evaluation").glob("*.json")]
+    assert sorted((r["task"], r["mode"]) for r in records) == sorted((f"words{n}", m) for n in range(3) for m in BOTH)
+
+
+def test_bm25_ranks_and_only_ranks(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    texts = write_task(tmp_path / "labels")
+    (texts / "task.json").write_text('{"name": "labels", "type": "clustering", "instruction": ""}')
+    write_lines(texts / "test.jsonl", [{"text": word, "label": i % 2} for i, word in enumerate(WORDS)])
+    options = ["--baseline", "bm25", "--task", str(recipe.parent / "words"), "--task", str(texts)]
+    assert evaluate_embedder.main([*options, "--scores", str(tmp_path / "scores.json")]) == 0
+    assert "labels: bm25 cannot score a task of type clustering; left out" in capsys.readouterr().out
+    (score,) = read_scores(tmp_path / "scores.json")
+    assert (score.model, score.mode, score.task) == ("bm25", "zero_shot", "words") and score.value > 0.8
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--task", "Nonsense"], "task Nonsense is neither a folder nor a task of mteb"),
+        (["--task", "BUCC.v2"], "task BUCC.v2 is of mteb's type BitextMining; evaluated are Retrieval"),
+        (["--benchmark", "none"], "--benchmark none is unknown to mteb"),
+        ([], "nothing to score: name a --task or a --benchmark"),
+        (["--task", "STS15", "--examples-root", "nowhere"], "nowhere/MTEB/STS15.json: no examples for task 'STS15'"),
+    ],
+)
+def test_entry_errors(recipe: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert evaluate_embedder.main(["--config", str(recipe), *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_baseline_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    task = write_task(tmp_path / "words")
+    assert evaluate_embedder.main(["--baseline", str(tmp_path / "none"), "--task", str(task)]) == 2
+    assert "sentence-transformers cannot load it" in capsys.readouterr().err
