@@ -23,12 +23,12 @@ from pipeline.evaluation.during import is_best, is_scored, record_scores
 from pipeline.inference.description import read_description
 from pipeline.inference.embedder import load_base_embedder, load_embedder
 from pipeline.inference.gate import GATE_FILE, gate_embeddings
+from pipeline.model.base import fingerprint_base
 from pipeline.model.encoder import choose_trained, load_encoder, trainable_parameters
 from pipeline.model.flop import Work, executed_flop
 from pipeline.model.shapes import read_shape
 from pipeline.preprocess import main as preprocess
 from pipeline.runtime.checkpoint import TrainState, find_checkpoint, require_same_run, save_checkpoint
-from pipeline.runtime.guards import fingerprint_base
 from pipeline.runtime.ranks import read_ranks
 from pipeline.runtime.runlog import require_tracker
 from pipeline.runtime.sharding_json import read_deepspeed_json, require_exact

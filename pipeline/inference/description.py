@@ -25,6 +25,7 @@ class EmbedderDescription:
     tokens: PromptTokens
     fingerprint: str  # of the tokenizer with markers
     matryoshka_dims: tuple[int, ...] = ()  # widths below the full one that were trained
+    base_fingerprint: str = ""  # of the base model's files, where the folder holds adapters
     tasks: Mapping[str, str] = field(default_factory=dict)  # training set -> its instruction
 
 
@@ -49,6 +50,7 @@ def read_description(folder: str | Path) -> EmbedderDescription:
             tokens=PromptTokens(**_tuples(tree["prompt_tokens"])),
             fingerprint=tree["tokenizer_fingerprint"],
             matryoshka_dims=tuple(tree.get("matryoshka_dims", ())),  # folders from before it was written have none
+            base_fingerprint=tree.get("base_fingerprint", ""),
             tasks=dict(tree.get("tasks", {})),
         )
     except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:

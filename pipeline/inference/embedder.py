@@ -18,13 +18,13 @@ from pipeline.data.composing import Limits
 from pipeline.data.packing import pack_chunk
 from pipeline.data.tokenizing import PromptTokenizer, load_tokenizer
 from pipeline.datatypes import PackedChunk
-from pipeline.inference.description import read_description
+from pipeline.inference.loading import find_model, load_weights, read_model
 from pipeline.inference.passes import encode_sequences, run_pass
 from pipeline.inference.prompting import Example, Prompt, compose_passages, compose_prompts
-from pipeline.model.encoder import load_adapter, load_encoder, load_markers, require_rows, why_no_prefix
+from pipeline.model.encoder import load_encoder, require_rows, why_no_prefix
 from pipeline.model.prefix import Prefix
 from pipeline.prompts import get_template
-from pipeline.settings import ModelSettings, Settings
+from pipeline.settings import Settings
 
 log = logging.getLogger(__name__)
 
@@ -231,38 +231,33 @@ class FewShotEmbedder:
 
 
 def load_embedder(
-    path: str | Path, chunk_tokens: int | None = None, show_progress: bool = True, dim: int | None = None
+    path: str | Path,
+    chunk_tokens: int | None = None,
+    show_progress: bool = True,
+    dim: int | None = None,
+    template: str | None = None,
 ) -> FewShotEmbedder:
-    """A trained embedder from a run folder or from its model/ folder.
+    """An embedder that was trained here, or a published one.
 
     Args:
+        path: a run, its model/ folder, an exported adapter/ or merged/ folder; or a whole model of transformers, as a
+            folder or by its name on the hub (`BAAI/bge-en-icl`), which then comes from the hub's cache or is fetched.
+        chunk_tokens: token budget of one forward pass; None: by device.
         dim: a width of loss.matryoshka_dims, to which embeddings are cut (arXiv 2205.13147).
+        template: of a published model the template that it was trained with (`bge_en_icl`); its limits are the paper's
+            (arXiv 2409.15700, section 4.1), its weights stay in the type that they were saved in.
 
     Raises:
-        ValueError: the folder holds no trained embedder, or this width was not trained.
+        ValueError: no embedder is there, its files are damaged or do not belong together, or the width was not trained.
     """
-    folder = Path(path)
-    if not folder.is_dir():
-        raise ValueError(f"{folder}: no such folder")
-    if (folder / "model").is_dir():
-        folder = folder / "model"
-    description = read_description(folder)
+    folder = find_model(path)
+    description, tokenizer = read_model(folder, template)
     if dim is not None and dim not in description.matryoshka_dims:
         trained = ", ".join(map(str, description.matryoshka_dims)) or "the full width alone"
         raise ValueError(f"dim={dim} was not trained in {folder} (loss.matryoshka_dims: {trained}); take one that was")
-    # The saved tokenizer holds the markers already; which of them have trained rows is known from the saved tokens.
-    tokenizer = load_tokenizer(str(folder), description.template)
-    if description.fingerprint != tokenizer.fingerprint:
-        raise ValueError(
-            f"{folder}: the tokenizer files have fingerprint {tokenizer.fingerprint[:12]}, the model was trained with "
-            f"{description.fingerprint[:12]}; restore the files that training wrote"
-        )
-    tokenizer = dataclasses.replace(tokenizer, tokens=description.tokens)
-    embedder = _build(description.model, tokenizer, description.limits, chunk_tokens, show_progress)
-    load_markers(embedder.encoder, folder)
-    if description.model.trained == "lora":
-        load_adapter(embedder.encoder, folder)
-    embedder.encoder.to(embedder.device).eval()
+    device, chunk_tokens = _device(), _chunk_tokens(description.limits, chunk_tokens)
+    encoder = load_weights(folder, description, tokenizer, device)
+    embedder = FewShotEmbedder(encoder, tokenizer, description.limits, device, chunk_tokens, show_progress)
     return dataclasses.replace(embedder, dim=dim, tasks=description.tasks)
 
 
@@ -270,22 +265,21 @@ def load_base_embedder(
     settings: Settings, chunk_tokens: int | None = None, show_progress: bool = True
 ) -> FewShotEmbedder:
     """The untrained base model of a recipe, with the recipe's template and limits."""
-    tokenizer = load_tokenizer(settings.tokenizer_name, get_template(settings.preprocess.template))
+    pt = load_tokenizer(settings.tokenizer_name, get_template(settings.preprocess.template))
     limits = Limits.from_settings(settings.preprocess)
-    embedder = _build(settings.model, tokenizer, limits, chunk_tokens, show_progress)
-    require_rows(embedder.encoder, tokenizer.largest_id)
-    return embedder
+    device, chunk_tokens = _device(), _chunk_tokens(limits, chunk_tokens)
+    encoder = load_encoder(settings.model, pt.tokens.marker_ids, pt.tokens.marker_subtokens, device.type)
+    require_rows(encoder, pt.largest_id)
+    return FewShotEmbedder(encoder.to(device).eval(), pt, limits, device, chunk_tokens, show_progress)
 
 
-def _build(
-    model: ModelSettings, tokenizer: PromptTokenizer, limits: Limits, chunk_tokens: int | None, show_progress: bool
-) -> FewShotEmbedder:
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _chunk_tokens(limits: Limits, asked: int | None) -> int:
+    """The token budget of a forward pass; ValueError where it cannot hold the longest sequence that was trained."""
     longest = max(limits.max_prompt_tokens, limits.max_passage_tokens)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if chunk_tokens is None:
-        chunk_tokens = max(CHUNK_TOKENS[device.type], longest)
-    if chunk_tokens < longest:
-        raise ValueError(f"a chunk of {chunk_tokens} tokens cannot hold the model's longest sequence, {longest} tokens")
-    encoder = load_encoder(model, tokenizer.tokens.marker_ids, tokenizer.tokens.marker_subtokens, device.type)
-    encoder.to(device).eval()
-    return FewShotEmbedder(encoder, tokenizer, limits, device, chunk_tokens, show_progress)
+    if asked is not None and asked < longest:
+        raise ValueError(f"a chunk of {asked} tokens cannot hold the model's longest sequence, {longest} tokens")
+    return asked or max(CHUNK_TOKENS[_device().type], longest)

@@ -40,7 +40,7 @@ def write_merged(model: Path, folder: Path) -> None:
     tree = json.loads((model / DESCRIPTION_FILE).read_text(encoding="utf-8"))
     # Every marker is a row of the table now.
     tree["prompt_tokens"]["marker_subtokens"] = [[] for _ in tree["prompt_tokens"]["marker_subtokens"]]
-    tree |= {"trained": "full", "num_layers": None}
+    tree |= {"trained": "full", "num_layers": None, "base_fingerprint": ""}
     (folder / DESCRIPTION_FILE).write_text(json.dumps(tree, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     shutil.copy(model / "examples.json", folder)
 

@@ -70,7 +70,7 @@ def make_chunks(order: Sequence[int], lengths: Sequence[int], chunk_tokens: int)
     chunks: list[list[int]] = []
     room = 0
     for s in order:
-        if not chunks or lengths[s] > room:
+        if lengths[s] > room:
             chunks.append([])
             room = chunk_tokens
         chunks[-1].append(s)

@@ -27,6 +27,7 @@ from pipeline.data.tokenizing import PromptTokenizer
 from pipeline.datatypes import RULES
 from pipeline.files import sync
 from pipeline.inference.description import DESCRIPTION_FILE
+from pipeline.model.base import fingerprint_base
 from pipeline.model.encoder import MARKERS_FILE, Encoder
 from pipeline.settings import Settings
 
@@ -88,6 +89,7 @@ def _description(tokenizer: PromptTokenizer, settings: Settings, store: TokenSto
     model = settings.model
     return {
         "base_model": model.name,
+        "base_fingerprint": fingerprint_base(model.name) if model.trained == "lora" else "",
         "trained": model.trained,
         "num_layers": model.num_layers,
         "attention": model.attention,

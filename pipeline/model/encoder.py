@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
-from peft.utils import load_peft_weights
+from peft.utils import get_peft_model_state_dict, load_peft_weights
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -316,7 +316,10 @@ def load_markers(encoder: Encoder, folder: Path) -> None:
     if bool(markers) != (folder / MARKERS_FILE).is_file():
         raise ValueError(f"{folder / MARKERS_FILE} and the template's markers disagree; was the folder copied in part?")
     for module in markers:
-        rows_MD = load_file(folder / MARKERS_FILE)["marker_rows"]
+        try:
+            rows_MD = load_file(folder / MARKERS_FILE)["marker_rows"]
+        except SafetensorError as error:
+            raise ValueError(f"{folder / MARKERS_FILE} is damaged ({error}); copy it again") from error
         if rows_MD.shape != module.marker_rows.shape:
             raise ValueError(
                 f"{folder / MARKERS_FILE} holds {tuple(rows_MD.shape)} rows, the template needs "
@@ -326,11 +329,24 @@ def load_markers(encoder: Encoder, folder: Path) -> None:
 
 
 def load_adapter(encoder: Encoder, folder: Path) -> None:
-    """Adapters of a saved `model/` folder onto a base encoder, for inference."""
+    """Adapters of a saved `model/` folder onto a base encoder, for inference.
+
+    Raises:
+        ValueError: no adapter there, a damaged one, or one of another base.
+    """
     if not (folder / "adapter_config.json").is_file():
         raise ValueError(f"{folder} holds no adapter_config.json: not the model/ folder of a finished run")
     _require_adapter(folder)
-    encoder.decoder = PeftModel.from_pretrained(encoder.decoder, folder)
+    try:
+        encoder.decoder = PeftModel.from_pretrained(encoder.decoder, folder)
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[-1].strip()
+        raise ValueError(f"{folder} is an adapter of another base model than the one it names: {reason}") from error
+    # PEFT leaves what the file lacks as it was made, with a warning.
+    needed, found = set(get_peft_model_state_dict(encoder.decoder)), set(load_peft_weights(str(folder), device="cpu"))
+    if odd := sorted(needed ^ found):
+        what = "lacks" if odd[0] in needed else "adapts what its base model has not:"
+        raise ValueError(f"{folder} {what} {odd[0]} ({len(odd)} in all); was it trained on another base model?")
 
 
 def trainable_parameters(encoder: nn.Module) -> dict[str, nn.Parameter]:

@@ -16,13 +16,14 @@ from pipeline.data.store import TokenStore, open_store, require_match, verify_sh
 from pipeline.data.tokenizing import PromptTokenizer, load_tokenizer
 from pipeline.evaluation.tasks import LocalTask, load_task
 from pipeline.files import file_sha256, locked
+from pipeline.model.base import fingerprint_base
 from pipeline.model.encoder import MARKERS_FILE, Encoder, choose_trained, load_encoder, require_rows
 from pipeline.model.loss import require_dims
 from pipeline.model.shapes import KNOWN, ModelShape, read_shape
 from pipeline.prompts import get_template
 from pipeline.runtime.checkpoint import find_checkpoint, require_same_run
 from pipeline.runtime.engine import build_engine, gathered, sharded_loading
-from pipeline.runtime.guards import code_versions, digest_plan, fingerprint_base, require_alike
+from pipeline.runtime.guards import code_versions, digest_plan, require_alike
 from pipeline.runtime.ranks import Ranks, by_first, together
 from pipeline.runtime.runlog import require_tracker
 from pipeline.runtime.sharding_json import read_deepspeed_json, require_exact
