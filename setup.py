@@ -45,7 +45,7 @@ setup(
     ],
     extras_require={
         "gpu": ["flash-attn", "triton"],  # both optional even there: `auto` takes torch's own attention and PyTorch
-        "eval": ["mteb>=2.20"],
+        "eval": ["mteb>=2.20", "bm25s", "PyStemmer"],  # the last two for the baseline BM25
         "mining": ["faiss-cpu", "bm25s", "sentence-transformers"],  # hard negatives, teacher scores
         "mpi": ["mpich"],  # an MPI without system packages
         "tracking": ["tensorboard", "wandb"],

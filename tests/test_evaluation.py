@@ -239,9 +239,8 @@ def test_scores_are_added_and_replaced(tmp_path: Path) -> None:
     assert add_scores(path, [replace(BEFORE, value=0.5), replace(BEFORE, model="after")]) == read_scores(path)
     found = [(s["model"], s["mode"], s["value"]) for s in json.loads(path.read_text())]
     assert found == [("before", "few_shot", 0.25), ("before", "zero_shot", 0.5), ("after", "zero_shot", 0.25)]
-    assert set(json.loads(path.read_text())[0]) == {
-        *["model", "mode", "task", "metric", "value", "kind", "novelty", "details"]
-    }
+    keys = ["model", "mode", "task", "metric", "value", "kind", "novelty", "details"]
+    assert list(json.loads(path.read_text())[0]) == keys
 
 
 def test_a_damaged_scores_file(tmp_path: Path) -> None:

@@ -40,16 +40,14 @@ def test_how_a_score_came_about_stands_beside_it(recipe: Path, tmp_path: Path) -
     assert few["examples"] == [{"query": "where is zinc", "response": "zinc"}, {"query": "x", "response": "y"}]
     assert few["prompt_of_first_query"].startswith("<instruct>Find the word.\n<query>where is zinc\n<response>zinc\n\n")
     assert few["instruction"] == "Find the word." and few["sides"] == "released" and few["normalized"]
-    assert any(
-        re.fullmatch(r"\d+ of 12 passages are longer than 5 tokens and were cut", note) for note in zero["notes"]
-    )
+    assert any(re.fullmatch(r"\d+ of 12 passages .* 5 tokens and were cut", note) for note in zero["notes"])
     assert {"mteb", "torch"} <= few["versions"].keys() and re.fullmatch("[0-9a-f]{64}", few["fingerprint"])
     assert few["scores"]["test"][0]["ndcg_at_10"] == few["value"]
     assert not (tmp_path / "evaluation/embeddings").exists() or not any((tmp_path / "evaluation/embeddings").iterdir())
 
 
 def test_what_is_scored_is_not_scored_again(
-    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    recipe: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scores = tmp_path / "scores.json"
     assert evaluate(recipe, scores, "--modes", "zero_shot") == 0
@@ -58,13 +56,11 @@ def test_what_is_scored_is_not_scored_again(
 
     scored = []
     whole = jobs._score
-    monkeypatch.setattr(
-        jobs, "_score", lambda model, job, mode, memory: scored.append(mode) or whole(model, job, mode, memory)
-    )
+    monkeypatch.setattr(jobs, "_score", lambda *job: scored.append(job[2]) or whole(*job))
     scores.unlink()
     assert evaluate(recipe, scores) == 0
     assert scored == ["few_shot"]
-    assert f"words zero_shot: {value:.4f}, as scored on" in capsys.readouterr().out
+    assert f"words zero_shot: {value:.4f}, as scored on" in caplog.text
     assert [s.value for s in read_scores(scores) if s.mode == "zero_shot"] == [value]
     # Another label is the same model; other weights, limits, sides, texts or examples are not.
     assert evaluate(recipe, scores, "--label", "same") == 0
@@ -120,7 +116,11 @@ def make_sts(folder: Path, name: str, *rows: dict) -> Path:
 
 
 def test_a_task_of_mteb_by_name_on_a_local_copy_of_its_data(
-    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    recipe: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     pairs = [
         {"sentence1": f"{a} {b}", "sentence2": f"{b} lake", "score": float(i)}
@@ -130,16 +130,8 @@ def test_a_task_of_mteb_by_name_on_a_local_copy_of_its_data(
     (tmp_path / "examples" / "MTEB").mkdir(parents=True)
     (tmp_path / "examples/MTEB/STS15.json").write_text(json.dumps([{"query": "ash", "response": "ash"}]))
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    options = [
-        "--config",
-        str(recipe),
-        "--task",
-        "STS15",
-        "--data-root",
-        str(root),
-        "--scores",
-        str(tmp_path / "s.json"),
-    ]
+    options = ["--config", str(recipe), "--task", "STS15", "--data-root", str(root)]
+    options += ["--scores", str(tmp_path / "s.json")]
     assert evaluate_embedder.main([*options, "--examples-root", str(tmp_path / "examples")]) == 0
     out = capsys.readouterr().out
     assert "paper public few_shot" in out
@@ -149,7 +141,7 @@ def test_a_task_of_mteb_by_name_on_a_local_copy_of_its_data(
     assert len(found) == 2 and "mteb/sts15-sts@" in found["zero_shot"]["data"]
     # Without examples there is no few_shot to speak of.
     assert evaluate_embedder.main([*options, "--label", "other"]) == 0
-    assert "STS15: no examples are known, few_shot is left out" in capsys.readouterr().out
+    assert "STS15: no examples are known, few_shot is left out" in caplog.text
     assert [(s.model, s.mode) for s in read_scores(tmp_path / "s.json")][-1] == ("other", "zero_shot")
 
 
@@ -171,15 +163,20 @@ def test_processes_share_the_tasks(recipe: Path, tmp_path: Path) -> None:
     assert sorted((r["task"], r["mode"]) for r in records) == sorted((f"words{n}", m) for n in range(3) for m in BOTH)
 
 
-def test_bm25_ranks_and_only_ranks(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bm25_ranks_and_only_ranks(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     texts = write_task(tmp_path / "labels")
     (texts / "task.json").write_text('{"name": "labels", "type": "clustering", "instruction": ""}')
     write_lines(texts / "test.jsonl", [{"text": word, "label": i % 2} for i, word in enumerate(WORDS)])
-    options = ["--baseline", "bm25", "--task", str(recipe.parent / "words"), "--task", str(texts)]
+    passages = write_task(tmp_path / "words")
+    corpus = [json.loads(line)["text"] for line in (passages / "corpus.jsonl").read_text().splitlines()]
+    write_lines(passages / "queries.jsonl", [{"_id": f"q{i}", "text": text} for i, text in enumerate(corpus)])
+    qrels = "".join(f"q{i}\td{i}\t1\n" for i in range(len(corpus)))
+    (passages / "qrels/test.tsv").write_text("query-id\tcorpus-id\tscore\n" + qrels)
+    options = ["--baseline", "bm25", "--task", str(passages), "--task", str(texts)]
     assert evaluate_embedder.main([*options, "--scores", str(tmp_path / "scores.json")]) == 0
-    assert "labels: bm25 cannot score a task of type clustering; left out" in capsys.readouterr().out
+    assert "labels: bm25 cannot score a task of type clustering; left out" in caplog.text
     (score,) = read_scores(tmp_path / "scores.json")
-    assert (score.model, score.mode, score.task) == ("bm25", "zero_shot", "words") and score.value > 0.8
+    assert (score.model, score.mode, score.task) == ("bm25", "zero_shot", "words") and score.value == 1.0
 
 
 @pytest.mark.parametrize(

@@ -133,21 +133,24 @@ def test_sides_are_known_for_every_type() -> None:
     assert all(carried(sides, kind, is_document) for sides in SIDES for kind in KINDS for is_document in (False, True))
 
 
+PAIR = {"sentence1": "a", "sentence2": "b"}
+
+
 @pytest.mark.parametrize(
     ("kind", "file", "row", "message"),
     [
-        ("sts", "test.jsonl", {"sentence1": "a", "sentence2": "b", "score": "5"}, "test.jsonl:1: score='5' must be a number"),
-        ("sts", "test.jsonl", {"sentence1": "a", "score": 5}, "test.jsonl:1 must have a text as sentence1 and as sentence2"),
-        ("pair_classification", "test.jsonl", {"sentence1": "a", "sentence2": "b", "label": 2}, "label=2 must be 0 or 1"),
+        ("sts", "test.jsonl", PAIR | {"score": "5"}, "test.jsonl:1: score='5' must be a number"),
+        ("sts", "test.jsonl", {"sentence1": "a", "score": 5}, "test.jsonl:1 must have a text as sentence1 and as sent"),
+        ("pair_classification", "test.jsonl", PAIR | {"label": 2}, "test.jsonl:1: label=2 must be 0 or 1"),
         ("clustering", "test.jsonl", {"text": " ", "label": "x"}, "test.jsonl:1 must have a text as text"),
-        ("clustering", "test.jsonl", {"text": "a", "label": None}, "test.jsonl:1: label=None must be a text or a number"),
-        ("classification", "test.jsonl", {"text": "a", "label": "new"}, "train.jsonl has no text of 1 labels of test.jsonl: 'new'"),
-        ("reranking", "test.jsonl", {"query": "a", "positive": "b"}, "test.jsonl:1 must have a query and lists of texts"),
-        ("reranking", "test.jsonl", {"query": "a", "positive": ["b"], "negative": []}, "no query has both a positive and"),
+        ("clustering", "test.jsonl", {"text": "a", "label": None}, "test.jsonl:1: label=None must be a text or a num"),
+        ("classification", "test.jsonl", {"text": "a", "label": "new"}, "has no text of 1 labels of test.jsonl: 'new'"),
+        ("reranking", "test.jsonl", {"query": "a", "positive": "b"}, "test.jsonl:1 must have a query and lists of"),
+        ("reranking", "test.jsonl", {"query": "a", "positive": ["b"], "negative": []}, "no query has both a positive"),
         ("classification", "train.jsonl", None, "train.jsonl is missing; it needs train.jsonl, test.jsonl"),
         ("clustering", "test.jsonl", None, "test.jsonl is missing"),
     ],
-)  # fmt: skip
+)
 def test_faults_name_file_and_line(
     make: Callable[[str], Path], kind: str, file: str, row: dict[str, Any] | None, message: str
 ) -> None:
