@@ -17,10 +17,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pipeline.evaluation.air_bench import is_place, load_air_bench, parse_place, write_ranking
 from pipeline.evaluation.report import add_scores, write_report
 from pipeline.evaluation.sides import SIDES
 from pipeline.evaluation.table import MODES, Score, score_table
-from pipeline.evaluation.tasks import LocalTask, load_task
+from pipeline.evaluation.tasks import load_task
 from pipeline.settings import Settings, load_settings
 
 if TYPE_CHECKING:
@@ -34,9 +35,10 @@ EPILOG = """examples:
   python pipeline/evaluate_embedder.py --run runs/x --benchmark "MTEB(eng, v1)" --processes 8
   python pipeline/evaluate_embedder.py --baseline bm25 --task tasks/a --scores runs/x/scores.json
 
-a task is the name of a task of mteb or a folder with task.json and, by its type (pipeline/evaluation/tasks.py), for
-retrieval corpus.jsonl, queries.jsonl and qrels/test.tsv (BEIR's form); few_shot takes {"query", "response"} a line from
-examples.jsonl. Public tasks have the paper's instruction; their examples are named by --examples-root
+a task is the name of a task of mteb, a dataset of AIR-Bench (qa_law_en/AIR-Bench_24.05/default), or a folder with
+task.json and, by its type (pipeline/evaluation/tasks.py), for retrieval corpus.jsonl, queries.jsonl and qrels/test.tsv
+(BEIR's form); few_shot takes {"query", "response"} a line from examples.jsonl. Public tasks have the paper's
+instruction; their examples are named by --examples-root
 """
 
 
@@ -59,8 +61,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--examples-root",
         type=Path,
-        help="folder of examples for public tasks, MTEB/<task>.json: a list of {query, response} each "
-        "(research/llm_dense_retriever/examples/bge-en-icl of FlagEmbedding holds the paper's)",
+        help="folder of examples for public tasks: MTEB/<task>.json (lists of {query, response}) and AIR-Bench/; the "
+        "paper's are in FlagEmbedding's research/llm_dense_retriever/examples/bge-en-icl",
     )
     parser.add_argument(
         "--num-examples",
@@ -78,6 +80,12 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--label", help="name in the tables (default: after for --run, before for --config, else its own)"
     )
     parser.add_argument("--scores", type=Path, help="file to add to (default: scores.json in the run's folder)")
+    parser.add_argument(
+        "--rankings",
+        type=Path,
+        metavar="FOLDER",
+        help="rank AIR-Bench's test queries for its leaderboard instead",
+    )
     parser.add_argument("--chunk-tokens", type=int, help="token budget of a forward pass (default: by device)")
     parser.add_argument("--processes", type=int, default=1, help="share the tasks among so many, one a GPU")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe, model.dtype=fp32 say")
@@ -163,6 +171,8 @@ def evaluate(args: argparse.Namespace, settings: Settings | None, names: Sequenc
     datasets.disable_progress_bars()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    if args.rankings:
+        return write_rankings(args, names, modes, load_model(args, settings))
     jobs = [make_job(args, name, modes) for name in names]
     model = load_model(args, settings)
     scores: list[Score] = []
@@ -201,10 +211,41 @@ def make_job(args: argparse.Namespace, name: str, modes: Sequence[str]) -> "Job"
     from pipeline.evaluation.jobs import local_job, public_job
 
     if Path(name).exists() or "/" in name:
-        task: LocalTask = load_task(name)
-        wanted = modes if args.baseline is None else ("zero_shot",)
-        return local_job(task, wanted, LOCAL_EXAMPLES if args.num_examples is None else args.num_examples, args.sides)
+        is_air_bench = is_place(name)
+        task = load_air_bench(name, "dev", air_bench_examples(args)) if is_air_bench else load_task(name)
+        if args.baseline is not None or (is_air_bench and not task.examples):
+            modes = ("zero_shot",)
+        return local_job(task, modes, LOCAL_EXAMPLES if args.num_examples is None else args.num_examples, args.sides)
     return public_job(name, args.num_examples, args.sides, args.data_root, args.examples_root)
+
+
+def air_bench_examples(args: argparse.Namespace) -> Path | None:
+    """The folder of AIR-Bench's examples."""
+    return args.examples_root / "AIR-Bench" if args.examples_root else None
+
+
+def write_rankings(args: argparse.Namespace, names: Sequence[str], modes: Sequence[str], model: "Model") -> int:
+    """Rank the test queries of AIR-Bench, whose judgements are not public, into files that its leaderboard takes."""
+    from tempfile import TemporaryDirectory
+
+    from pipeline.evaluation.ranking import rank
+    from pipeline.evaluation.runner import prompted
+
+    if model.embedder is None:
+        raise ValueError("--rankings needs an embedder, not a baseline")
+    for name in names:
+        task = load_air_bench(name, "test", air_bench_examples(args))
+        for mode in modes:
+            examples = task.examples[: args.num_examples] if mode == "few_shot" else ()
+            if mode == "few_shot" and not examples:
+                print(f"{task.name}: no examples are known, few_shot is left out")
+                continue
+            with TemporaryDirectory() as memory:
+                encode = prompted(model.embedder, task.kind, task.instruction, examples, args.sides, Path(memory))
+                rankings = rank(task, encode, args.sides)
+            path = write_ranking(args.rankings, parse_place(name), "test", f"{model.label}-{mode}", rankings)
+            print(f"{task.name} {mode}: {len(rankings)} queries ranked: {path}", flush=True)
+    return 0
 
 
 def load_model(args: argparse.Namespace, settings: Settings | None) -> "Model":

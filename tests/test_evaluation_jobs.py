@@ -13,6 +13,7 @@ from test_evaluation import BOTH, ROOT, WORDS, encode_words, write_lines, write_
 
 from pipeline import evaluate_embedder
 from pipeline.evaluation.report import read_scores
+from pipeline.evaluation.tasks import load_retrieval_task
 
 ENTRY = ROOT / "pipeline/evaluate_embedder.py"
 
@@ -198,3 +199,58 @@ def test_a_baseline_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixt
     task = write_task(tmp_path / "words")
     assert evaluate_embedder.main(["--baseline", str(tmp_path / "none"), "--task", str(task)]) == 2
     assert "sentence-transformers cannot load it" in capsys.readouterr().err
+
+
+def write_air_bench(folder: Path, split: str) -> Path:
+    """The words as a dataset of AIR-Bench."""
+    words = write_task(folder / "words")
+    place = folder / "qa_law_en" / "AIR-Bench_24.05" / "default"
+    place.mkdir(parents=True)
+    for source, name in (("corpus", "corpus"), ("queries", f"{split}_queries")):
+        rows = [json.loads(line) for line in (words / f"{source}.jsonl").read_text().splitlines()]
+        write_lines(place / f"{name}.jsonl", [{"id": row["_id"], "text": row["text"]} for row in rows])
+    lines = [line.split("\t") for line in (words / "qrels/test.tsv").read_text().splitlines()[1:]]
+    qrels = [{"qid": query, "docid": passage, "relevance": int(grade)} for query, passage, grade in lines]
+    if split == "dev":
+        write_lines(place / "dev_qrels.jsonl", qrels)
+    return place
+
+
+def test_air_bench_is_scored_by_its_dev_split(recipe: Path, tmp_path: Path) -> None:
+    place = write_air_bench(tmp_path, "dev")
+    scores = tmp_path / "scores.json"
+    assert evaluate(recipe, scores, "--modes", "zero_shot", task=str(place)) == 0
+    found = read_scores(scores)
+    assert [(s.task, s.metric, s.kind) for s in found] == [("qa_law_en", "ndcg_at_10", "retrieval")]
+    same = ["--task", str(tmp_path / "words"), "--modes", "zero_shot", "--scores", str(tmp_path / "other.json")]
+    # The same texts behind the same instruction have the same score.
+    header = json.loads((tmp_path / "words/task.json").read_text())
+    instruction = "Given a question, retrieve passages that answer the question."
+    (tmp_path / "words/task.json").write_text(json.dumps(header | {"instruction": instruction}))
+    (tmp_path / "words/examples.jsonl").unlink()
+    assert evaluate_embedder.main(["--config", str(recipe), *same]) == 0
+    assert read_scores(tmp_path / "other.json")[0].value == found[0].value
+
+
+def test_air_bench_s_test_queries_are_ranked(recipe: Path, tmp_path: Path) -> None:
+    place = write_air_bench(tmp_path, "test")
+    options = ["--config", str(recipe), "--task", str(place), "--rankings", str(tmp_path / "rankings")]
+    assert evaluate_embedder.main(options) == 0
+    (file,) = (tmp_path / "rankings").rglob("*.json")
+    record = json.loads(file.read_text())
+    assert record["model_name"] == "before-zero_shot" and len(record["search_results"]) == 7
+    assert all(len(scores) == 12 for scores in record["search_results"].values())
+
+
+@pytest.mark.parametrize(("depth", "block"), [(3, 5), (12, 12), (50, 1), (1, 4)])
+def test_ranks_are_those_of_the_whole_matrix(tmp_path: Path, depth: int, block: int) -> None:
+    from pipeline.evaluation.ranking import rank
+
+    task = load_retrieval_task(write_task(tmp_path / "words"))
+    found = rank(task, encode_words, "released", depth, block)
+    score_QP = encode_words(list(task.queries.values()), "") @ encode_words(list(task.corpus.values()), "").T
+    passages = list(task.corpus)
+    for query, row in zip(task.queries, score_QP, strict=True):
+        best = np.argsort(-row, kind="stable")[:depth]
+        assert list(found[query]) == [passages[p] for p in best]
+        np.testing.assert_allclose(list(found[query].values()), row[best], atol=1e-6)

@@ -65,6 +65,15 @@ def parse_place(folder: str | Path) -> AirBenchPlace:
     return AirBenchPlace(version=parts[1], task_type=words[0], domain=words[1], language=words[2], dataset=parts[2])
 
 
+def is_place(folder: str | Path) -> bool:
+    """Whether a path is that of a dataset folder of AIR-Bench."""
+    try:
+        parse_place(folder)
+    except ValueError:
+        return False
+    return True
+
+
 def load_air_bench(folder: str | Path, split: str = "dev", examples: str | Path | None = None) -> RetrievalTask:
     """Read one dataset of AIR-Bench.
 
