@@ -27,6 +27,7 @@ from pipeline.model.encoder import add_lora, load_encoder
 from pipeline.runtime.engine import build_engine, start_distributed, stop_distributed, take_step
 from pipeline.runtime.ranks import Ranks, gather_values, read_ranks, share_cores
 from pipeline.runtime.step import StepInputs, StepResult, prepare_step, run_step
+from pipeline.runtime.watch import leave
 from pipeline.settings import Settings, load_settings
 
 BATCHES = (32, 64, 128, 256, 512)
@@ -169,3 +170,4 @@ def main(recipe: str, out: str, mode: str, overrides: list[str]) -> None:
 if __name__ == "__main__":
     arguments = [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank")]
     main(arguments[0], arguments[1], arguments[2], arguments[3:])
+    leave(0)

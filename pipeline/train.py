@@ -25,6 +25,7 @@ from pipeline.runtime.watch import (
     STOPPED,
     StopRequested,
     end_alone,
+    leave,
     mark,
     start_watch,
     stop_watching_signals,
@@ -124,4 +125,4 @@ def report(error: Exception, ranks: Ranks, code: int) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    leave(main())

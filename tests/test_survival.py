@@ -3,6 +3,8 @@
 import json
 import signal
 import socket
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -217,3 +219,24 @@ def test_a_spike_is_measured_against_the_datasets_own_last_losses():
     assert not any(is_spike(losses, loss) for loss in (9.0, *[1.0] * 12))
     assert is_spike(losses, 3.5) and not is_spike(losses, 2.5)
     assert not is_spike(losses, float("nan")) and len(losses) <= 20
+
+
+LEAVING = """
+import atexit, logging, sys, threading
+from pipeline.runtime.watch import leave
+if sys.argv[1] == "mpi":
+    sys.modules["mpi4py.MPI"] = None
+atexit.register(lambda: print("closed"))
+threading.Thread(target=threading.Event().wait, daemon=True).start()
+print("whole")
+try:
+    leave(7)
+finally:
+    print("the usual way")
+"""
+
+
+@pytest.mark.parametrize(("how", "shown"), [("", "whole\nclosed\n"), ("mpi", "whole\nthe usual way\nclosed\n")])
+def test_a_process_leaves_with_its_code_and_with_all_that_was_to_be_done(how, shown):
+    found = subprocess.run([sys.executable, "-c", LEAVING, how], capture_output=True, text=True, cwd=REPOSITORY)
+    assert (found.returncode, found.stdout) == (7, shown), found.stderr
