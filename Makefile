@@ -69,8 +69,8 @@ prove-kernels: $(STAMP)  ## check what the README says of the kernels (GPU rows 
 prove-data: $(STAMP)  ## check what the README says of data of any size (DATA=folder with training data; about an hour)
 	$(BIN)/python benchmarks/prove.py data $(if $(DATA),--data $(DATA))
 
-prove-inference: $(STAMP)  ## check what the README says of examples' cost at inference and of exports (minutes)
-	$(BIN)/python benchmarks/prove.py inference
+prove-inference: $(STAMP)  ## check what the README says of inference, exports and evaluation (DATA=folder of evaluation tasks)
+	$(BIN)/python benchmarks/prove.py inference $(if $(DATA),--data $(DATA))
 
 prove-trainer: $(STAMP)  ## check what the README says of training runs (DATA=folder with training data; about an hour)
 	$(BIN)/python benchmarks/prove.py trainer $(if $(DATA),--data $(DATA))

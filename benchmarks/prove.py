@@ -288,7 +288,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     elif arguments.topic == "trainer":
         rows = prove_trainer(arguments.data, arguments.only)
     elif arguments.topic == "inference":
-        rows = prove_inference()
+        rows = prove_inference(arguments.data)
     else:
         rows = prove_kernels()
     name = f"{arguments.topic}_{arguments.only}" if arguments.only else arguments.topic
