@@ -103,7 +103,8 @@ def run_workers(
             worker.terminate()
     codes = [worker.wait() for worker in workers]
     if failed := sum(code != 0 for code in codes):
-        log.warning("%d of %d processes failed; the others took over their blocks", failed, processes)
+        rest = "the others took over their blocks" if failed < processes else "the same command goes on from here"
+        log.warning("%d of %d processes failed; %s", failed, processes, rest)
     return 0 if 0 in codes else max(abs(code) for code in codes)
 
 
