@@ -14,6 +14,7 @@ COMMANDS = {
     "plan": ("pipeline.plan_run", "show what a training run will do, without running it"),
     "train": ("pipeline.train", "train an embedder (several ranks: deepspeed pipeline/train.py)"),
     "export": ("pipeline.export_model", "write a trained embedder for PEFT, transformers and sentence-transformers"),
+    "encode": ("pipeline.encode_corpus", "embed a corpus of any size into one file"),
     "evaluate": ("pipeline.evaluate_embedder", "score a model zero-shot and few-shot"),
 }
 

@@ -9,7 +9,7 @@ import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 
 def safe_name(dataset: str) -> str:
@@ -50,6 +50,29 @@ def write_text(path: Path, text: str) -> None:
     write_atomic(path, lambda temporary: temporary.write_bytes(text.encode("utf-8")))
 
 
+def take_lock(path: Path, wait: bool = False) -> IO[str] | None:
+    """The file `path`, open and locked for this process; None where another one holds it and this is not to `wait`.
+
+    Closing it frees the lock, and so does the end of the process, however it comes.
+
+    Raises:
+        ValueError: the file system has no locks.
+    """
+    lock = path.open("a+", encoding="utf-8")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        lock.close()
+        return None
+    except OSError as error:
+        lock.close()
+        raise ValueError(
+            f"{path} cannot be locked ({error.strerror}): its file system has no locks (Lustre has them when it is "
+            "mounted with -o flock); use a folder on another one"
+        ) from error
+    return lock
+
+
 @contextmanager
 def locked(path: Path, message: str) -> Iterator[None]:
     """Hold the lock file `path` for this process; the lock goes with the process, however it ends.
@@ -58,16 +81,10 @@ def locked(path: Path, message: str) -> Iterator[None]:
         ValueError: another process holds it (`message`), or the file system has no locks.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ValueError(message) from error
-        except OSError as error:
-            raise ValueError(
-                f"{path} cannot be locked ({error.strerror}): its file system has no locks (Lustre has them when it is "
-                "mounted with -o flock); use a folder on another one"
-            ) from error
+    lock = take_lock(path)
+    if lock is None:
+        raise ValueError(message)
+    with lock:
         yield
 
 

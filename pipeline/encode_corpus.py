@@ -1,0 +1,148 @@
+"""Embed a corpus of any size into one .npy file: `python pipeline/encode_corpus.py --model M --corpus C --out O`.
+
+The corpus is JSON lines in BEIR's form, {"_id", "title", "text"} (title and text are joined), or {"text"}. Embeddings
+go to OUT, in the order of the lines, and ids to OUT with the ending .ids.txt, one a line. With several processes (one a
+GPU) each takes the next block of texts that no other has. What was interrupted goes on when the command is given again,
+after the last whole block of each process; more machines can help by giving the same command on a shared file system.
+"""
+
+import argparse
+import logging
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from tqdm import tqdm
+
+from pipeline.files import write_atomic
+from pipeline.inference.corpus_file import BLOCK_TEXTS, CorpusTexts, read_corpus
+
+log = logging.getLogger("encode")
+
+EPILOG = """example:
+  python pipeline/encode_corpus.py --model runs/quickstart --corpus examples/quickstart/eval/xquad_en/corpus.jsonl \\
+      --out runs/quickstart/corpus.npy
+  python pipeline/encode_corpus.py --model BAAI/bge-en-icl --template bge_en_icl --corpus corpus.jsonl --out corpus.npy
+
+afterwards:
+  corpus = numpy.load("corpus.npy", mmap_mode="r")          # [N, D], nothing is read yet
+  ids = open("corpus.ids.txt").read().splitlines()          # of its rows
+"""
+
+
+def encode(args: argparse.Namespace, command: Sequence[str]) -> int:
+    """Write ids and embeddings; returns the exit code of the worst process where the work is not done."""
+    if not args.corpus.is_file():
+        raise ValueError(f"--corpus {args.corpus}: no such file; it is a file of JSON lines")
+    num_texts = write_ids(args.corpus, args.out.with_suffix(".ids.txt"))
+    gpus = visible_gpus()
+    processes = args.processes or max(1, len(gpus))
+    if processes > 1:
+        return run_workers(args, command, processes, gpus, num_texts)
+    # Loading these takes seconds; wrong arguments should not have to wait for it.
+    from pipeline.inference.corpus import encode_corpus
+    from pipeline.inference.embedder import load_embedder
+
+    embedder = load_embedder(args.model, args.chunk_tokens, not args.worker, dim=args.dim, template=args.template)
+    encode_corpus(embedder, CorpusTexts(args.corpus, num_texts), args.out, args.dtype, args.block_texts)
+    return 0
+
+
+def write_ids(corpus: Path, ids: Path) -> int:
+    """Write the ids of all lines, one a line, complete or not at all; returns how many. Reads every line."""
+    count = 0
+
+    def write(path: Path) -> None:
+        nonlocal count
+        with path.open("w", encoding="utf-8") as file:
+            for identity, _ in read_corpus(corpus):
+                file.write(identity + "\n")
+                count += 1
+
+    ids.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(ids, write)
+    if not count:
+        raise ValueError(f"--corpus {corpus} holds no texts")
+    return count
+
+
+def visible_gpus() -> list[str]:
+    """Names of this machine's GPUs for CUDA_VISIBLE_DEVICES."""
+    import torch
+
+    named = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    return [named[i] if i < len(named) and named[i] else str(i) for i in range(torch.cuda.device_count())]
+
+
+def run_workers(
+    args: argparse.Namespace, command: Sequence[str], processes: int, gpus: Sequence[str], num_texts: int
+) -> int:
+    """The same command in processes of their own, one a GPU; they share the blocks."""
+    from pipeline.inference.corpus import count_done
+
+    cores = len(os.sched_getaffinity(0))
+    workers = []
+    for i in range(processes):
+        env = {"OMP_NUM_THREADS": str(max(1, cores // processes)), **os.environ}
+        if gpus:
+            env["CUDA_VISIBLE_DEVICES"] = gpus[i % len(gpus)]
+        # The last of two equal options counts.
+        again = [sys.executable, str(Path(__file__).resolve()), *command, "--processes", "1", "--worker"]
+        workers.append(subprocess.Popen(again, env=env))
+    try:
+        with tqdm(total=num_texts, desc="encode corpus", unit="text") as bar:
+            while any(worker.poll() is None for worker in workers):
+                bar.n = min(count_done(args.out) * args.block_texts, num_texts)
+                bar.refresh()
+                time.sleep(0.5)
+    finally:
+        for worker in workers:
+            worker.terminate()
+    codes = [worker.wait() for worker in workers]
+    if failed := sum(code != 0 for code in codes):
+        rest = "the others took over their blocks" if failed < processes else "the same command goes on from here"
+        log.warning("%d of %d processes failed; %s", failed, processes, rest)
+    return 0 if 0 in codes else max(abs(code) for code in codes)
+
+
+def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, epilog=EPILOG
+    )
+    parser.add_argument(
+        "--model", required=True, help="a run, its model/, an export, or a published embedder (folder or hub name)"
+    )
+    parser.add_argument("--corpus", type=Path, required=True, help="JSON lines with a text, and _id and title if any")
+    parser.add_argument("--out", type=Path, required=True, help="the .npy file to make")
+    parser.add_argument("--template", help="of a published embedder: the template that it was trained with")
+    parser.add_argument("--dim", type=int, help="a width of loss.matryoshka_dims to cut embeddings to")
+    parser.add_argument(
+        "--dtype", choices=("float32", "float16"), default="float32", help="of the file; default %(default)s"
+    )
+    parser.add_argument("--processes", type=int, help="how many encode; default: one a GPU, one without a GPU")
+    parser.add_argument(
+        "--block-texts", type=int, default=BLOCK_TEXTS, help="texts that are saved at once; default %(default)s"
+    )
+    parser.add_argument("--chunk-tokens", type=int, help="tokens of one forward pass; default: by device")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    command = list(sys.argv[1:] if argv is None else argv)
+    args = parse_arguments(command)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout, force=True)
+    try:
+        if args.processes is not None and args.processes < 1:
+            raise ValueError(f"--processes {args.processes} must be 1 or more")
+        return encode(args, command)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

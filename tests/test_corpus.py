@@ -1,0 +1,224 @@
+"""A corpus in blocks: the bytes of one undisturbed call, whatever is killed and however many processes share it."""
+
+import dataclasses
+import json
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from launching import REPOSITORY, environment
+from test_embedder import base, base_embedder, trained  # noqa: F401
+from tiny_run import WORDS
+
+from pipeline import encode_corpus as command
+from pipeline.files import take_lock
+from pipeline.inference import corpus
+from pipeline.inference.corpus import blocks_folder, count_done, encode_corpus
+from pipeline.inference.corpus_file import CorpusTexts, read_corpus
+from pipeline.inference.embedder import FewShotEmbedder, load_embedder
+
+TEXTS = [f"{WORDS[i % 11]} {WORDS[i * i % 7]} {i}" for i in range(23)]
+
+
+@pytest.fixture(scope="module")
+def embedder(base: Path) -> FewShotEmbedder:  # noqa: F811
+    return base_embedder(base)
+
+
+class Killed(BaseException):
+    """Ends a call as a signal would: nothing in between handles it."""
+
+
+def counting(monkeypatch: pytest.MonkeyPatch, most: int = 10**9) -> list[int]:
+    """The number of texts of each block that is encoded, as a list; the process ends at block number `most`."""
+    passes: list[int] = []
+    encode = FewShotEmbedder.encode_passages
+
+    def counted(self: FewShotEmbedder, texts: list[str], **options: Any) -> np.ndarray:
+        if len(passes) == most:
+            raise Killed
+        passes.append(len(texts))
+        return encode(self, texts, **options)
+
+    monkeypatch.setattr(FewShotEmbedder, "encode_passages", counted)
+    return passes
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("block_texts", [1, 4, 23, 100])
+def test_the_file_holds_the_embeddings_of_all_texts(
+    embedder: FewShotEmbedder, dtype: Any, block_texts: int, tmp_path: Path
+) -> None:
+    got_ND = encode_corpus(embedder, TEXTS, tmp_path / "c.npy", dtype, block_texts)
+    assert isinstance(got_ND, np.memmap) and got_ND.dtype == dtype and got_ND.shape == (23, 64)
+    parts = [embedder.encode_passages(TEXTS[i : i + block_texts]) for i in range(0, 23, block_texts)]
+    np.testing.assert_array_equal(np.load(tmp_path / "c.npy"), np.concatenate(parts).astype(dtype))
+    np.testing.assert_allclose(got_ND, embedder.encode_passages(TEXTS), atol=1e-6 if dtype == "float32" else 1e-3)
+    assert encode_corpus(embedder, [], tmp_path / "none.npy").shape == (0, 64)
+
+
+@pytest.mark.parametrize("most", [0, 1, 3, 5])
+def test_a_call_goes_on_after_the_last_whole_block(
+    embedder: FewShotEmbedder, most: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode_corpus(embedder, TEXTS, tmp_path / "whole.npy", block_texts=4)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        counting(patch, most)
+        encode_corpus(embedder, TEXTS, tmp_path / "c.npy", block_texts=4)
+    assert not (tmp_path / "c.npy").exists() and count_done(tmp_path / "c.npy") == most
+    # A mark that was cut off, and rows without a mark, count nothing.
+    if most:
+        mark = blocks_folder(tmp_path / "c.npy") / "000000"
+        mark.write_text(mark.read_text()[:17])
+    passes = counting(monkeypatch)
+    encode_corpus(embedder, iter(TEXTS), tmp_path / "c.npy", block_texts=4)
+    assert len(passes) == 6 - most + bool(most)
+    assert (tmp_path / "c.npy").read_bytes() == (tmp_path / "whole.npy").read_bytes()
+    encode_corpus(embedder, TEXTS, tmp_path / "c.npy", block_texts=4)
+    assert len(passes) == 6 - most + bool(most), "what is finished is not encoded again"
+
+
+def test_blocks_of_another_process_are_waited_for_and_taken_over(
+    embedder: FewShotEmbedder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "c.npy"
+    blocks_folder(out).mkdir()
+    passes = counting(monkeypatch)
+    held = take_lock(blocks_folder(out) / "000001")
+    assert held is not None
+    seen: list[int] = []
+    timer = threading.Timer(1, lambda: (seen.append(count_done(out)), held.close()))  # it ends without doing its block
+    timer.start()
+    encode_corpus(embedder, TEXTS, out, block_texts=10)
+    timer.join()
+    assert seen == [2] and passes == [10, 3, 10], "the other blocks meanwhile, and its block after it"
+    np.testing.assert_allclose(np.load(out), embedder.encode_passages(TEXTS), atol=1e-6)
+
+    blocks_folder(tmp_path / "d.npy").mkdir()
+    held = take_lock(blocks_folder(tmp_path / "d.npy") / "000001")
+    assert held is not None
+    threading.Timer(0.3, held.close).start()
+    with pytest.raises(ValueError, match=r"blocks \[1\] of .*d.npy were left by another process, and texts has been"):
+        encode_corpus(embedder, iter(TEXTS), tmp_path / "d.npy", block_texts=10)
+
+
+def test_what_was_begun_otherwise_is_refused(embedder: FewShotEmbedder, tmp_path: Path) -> None:
+    out = tmp_path / "c.npy"
+    encode_corpus(embedder, TEXTS, out, block_texts=10)
+    other = dataclasses.replace(embedder, limits=dataclasses.replace(embedder.limits, max_passage_tokens=59))
+    for message, change in (
+        ("model '.*' there, '.*' now", {"embedder": other}),
+        ("dtype 'float32' there, 'float16' now", {"dtype": "float16"}),
+        ("block_texts 10 there, 11 now", {"block_texts": 11}),
+        ("width 64 there, 24 now", {"embedder": dataclasses.replace(embedder, dim=24)}),
+        ("block 1 was encoded from other texts", {"texts": [*TEXTS[:15], "other", *TEXTS[16:]]}),
+        ("block 2 was encoded from other texts", {"texts": [*TEXTS, "more"]}),
+        ("block 2 was encoded from other texts", {"texts": TEXTS[:-1]}),
+        ("holds 1 blocks more than the 20 texts", {"texts": TEXTS[:20]}),
+    ):
+        arguments: dict[str, Any] = {"embedder": embedder, "texts": TEXTS, "out": out, "block_texts": 10} | change
+        with pytest.raises(ValueError, match=message):
+            encode_corpus(**arguments)
+    encode_corpus(embedder, TEXTS[:20], tmp_path / "d.npy", block_texts=10)
+    with pytest.raises(ValueError, match="d.npy is finished, and the texts go on after it; remove it"):
+        encode_corpus(embedder, TEXTS, tmp_path / "d.npy", block_texts=10)
+    blocks_folder(out).rename(tmp_path / "away")
+    with pytest.raises(ValueError, match="c.npy exists without c.npy.blocks/, which tells what it holds"):
+        encode_corpus(embedder, TEXTS, out, block_texts=10)
+
+
+def test_what_cannot_be_encoded(embedder: FewShotEmbedder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match=r"texts\[12\]=None is not a text"):
+        encode_corpus(embedder, [*TEXTS[:12], None], tmp_path / "c.npy", block_texts=10)  # type: ignore[list-item]
+    with pytest.raises(ValueError, match="block_texts=0 must be 1 or more"):
+        encode_corpus(embedder, TEXTS, tmp_path / "c.npy", block_texts=0)
+    with pytest.raises(ValueError, match=r"place=\(0, 2\)"):
+        encode_corpus(dataclasses.replace(embedder, place=(0, 2)), TEXTS, tmp_path / "c.npy")
+    bad = np.full((23, 64), np.nan, dtype=np.float32)
+    monkeypatch.setattr(FewShotEmbedder, "encode_passages", lambda self, texts: bad)
+    with pytest.raises(ValueError, match="block 0 of .*d.npy: embeddings are not finite"):
+        encode_corpus(embedder, TEXTS, tmp_path / "d.npy")
+
+
+def test_the_header_has_one_length_for_all_sizes() -> None:
+    record = {"dtype": "float32", "width": 4096}
+    assert len({len(corpus._header(number, record)) for number in (0, 1, 10**6, 10**12)}) == 1
+
+
+# The file and the command.
+
+
+def write_lines(path: Path, *rows: Any) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_lines_of_a_corpus(tmp_path: Path) -> None:
+    rows = [{"_id": "a", "title": "T", "text": "x"}, {"_id": 7, "text": "y"}, {"_id": "b c", "title": "", "text": ""}]
+    path = write_lines(tmp_path / "c.jsonl", *rows)
+    assert list(read_corpus(path)) == [("a", "T x"), ("7", "y"), ("b c", "")]
+    texts = CorpusTexts(path, 3)
+    assert len(texts) == 3 and list(texts) == list(texts) == ["T x", "y", ""]
+    assert list(read_corpus(write_lines(path, {"text": "x"}, {"text": "y"}))) == [("0", "x"), ("1", "y")]
+    for row, message in (
+        ({"_id": "b"}, "c.jsonl:2 must have a text"),
+        ({"_id": "b", "text": None}, "c.jsonl:2 must have a text"),
+        ({"_id": "b", "text": "x", "title": 3}, "c.jsonl:2 must have a text"),
+        ({"text": "x"}, "c.jsonl:2 has no _id, unlike the lines before"),
+        ({"_id": "b\n", "text": "x"}, "c.jsonl:2: _id='b.n' must be a text of one line"),
+        ({"_id": "\ud800", "text": "x"}, "c.jsonl:2: _id=.* must be a text of one line"),
+        ({"_id": None, "text": "x"}, "c.jsonl:2: _id=None must be"),
+        ([], "c.jsonl:2 must be a JSON object"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            list(read_corpus(write_lines(path, {"_id": "a", "text": "x"}, row)))
+
+
+def start(*arguments: str | Path) -> subprocess.Popen[str]:
+    line = [sys.executable, str(REPOSITORY / "pipeline/encode_corpus.py"), *map(str, arguments)]
+    return subprocess.Popen(line, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def test_a_killed_command_goes_on_with_two_processes(
+    trained: tuple[Path, FewShotEmbedder],  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    texts = [f"{' '.join(WORDS)} {i}" for i in range(2000)]
+    rows = [{"_id": f"p{i}", "title": "", "text": text} for i, text in enumerate(texts)]
+    lines, out = write_lines(tmp_path / "c.jsonl", *rows), tmp_path / "c.npy"
+    arguments = ("--model", trained[0], "--corpus", lines, "--out", out, "--block-texts", "10")
+    killed = start(*arguments)
+    while count_done(out) < 3:
+        assert killed.poll() is None, killed.communicate()[0]
+        time.sleep(0.01)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    done = count_done(out)
+    assert 3 <= done < 200 and not out.exists()
+    again = start(*arguments, "--processes", "2")
+    output = again.communicate(timeout=300)[0]
+    assert again.returncode == 0, output
+    assert (tmp_path / "c.ids.txt").read_text().splitlines() == [f"p{i}" for i in range(2000)]
+    whole = encode_corpus(load_embedder(trained[0], show_progress=False), texts, tmp_path / "w.npy", block_texts=10)
+    assert whole.shape == (2000, 64) and out.read_bytes() == (tmp_path / "w.npy").read_bytes()
+
+
+def test_errors_of_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    good = write_lines(tmp_path / "c.jsonl", {"text": "x"})
+    for message, arguments in (
+        ("no such file", ["--corpus", str(tmp_path / "none.jsonl")]),
+        ("c.jsonl:2 must have a text", ["--corpus", str(write_lines(tmp_path / "c.jsonl", {"text": "x"}, {}))]),
+        ("holds no texts", ["--corpus", str(write_lines(tmp_path / "empty.jsonl"))]),
+        ("--processes 0 must be 1 or more", ["--corpus", str(good), "--processes", "0"]),
+    ):
+        assert command.main(["--model", str(tmp_path / "m"), "--out", str(tmp_path / "o.npy"), *arguments]) == 2
+        assert message in capsys.readouterr().err
+    write_lines(good, {"text": "x"})
+    assert command.main(["--model", "./m", "--out", str(tmp_path / "o.npy"), "--corpus", str(good)]) == 2
+    assert "m: no such folder" in capsys.readouterr().err
