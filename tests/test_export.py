@@ -1,6 +1,8 @@
 """Exported forms of a model: equal to the trained one, or nothing is left."""
 
 import json
+from collections.abc import Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,7 @@ from transformers import AutoModel, AutoTokenizer
 from pipeline import export_model
 from pipeline.data.tokenizing import load_tokenizer
 from pipeline.inference import exporting
+from pipeline.inference.description import read_description
 from pipeline.inference.embedder import FewShotEmbedder, load_embedder
 from pipeline.inference.gate import GATE_FILE, GATE_TEXTS, gate_embeddings
 from pipeline.model.encoder import MarkerEmbedding, load_encoder, require_rows
@@ -85,7 +88,7 @@ def test_what_is_left_out_is_said(run: Path, tmp_path: Path, capsys: pytest.Capt
     assert not (tmp_path / "out" / "sentence-transformers").exists()
 
 
-@pytest.mark.parametrize("what", ["merged", "engine", "adapter"])
+@pytest.mark.parametrize("what", ["merged", "engine", "adapter", "template", "pooling"])
 def test_a_form_that_differs_leaves_nothing(
     what: str, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -99,6 +102,27 @@ def test_a_form_that_differs_leaves_nothing(
             save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
         monkeypatch.setattr(export_model, "write_merged", spoiled)
+    elif what == "template":
+        write = exporting.write_merged
+
+        def with_other_words(model: Path, folder: Path) -> None:
+            write(model, folder)
+            description = read_description(folder)
+            template = replace(description.template, query_end="<query>")
+            tokens = replace(description.tokens, query_end=description.tokens.marker_ids[1:2])
+            change_json(folder / "embedder.json", template=asdict(template), prompt_tokens=asdict(tokens))
+            change_json(folder / "embedder.json", template_version=template.version)
+
+        monkeypatch.setattr(export_model, "write_merged", with_other_words)
+    elif what == "pooling":
+        write_st = exporting.write_sentence_transformers
+
+        def with_means(merged: Path, folder: Path, prompts: Mapping[str, str]) -> None:
+            write_st(merged, folder, prompts)
+            (config,) = folder.glob("*_Pooling/config.json")
+            change_json(config, pooling_mode="mean")
+
+        monkeypatch.setattr(export_model, "write_sentence_transformers", with_means)
     elif what == "engine":
         np.save(run / "model" / GATE_FILE, np.roll(np.load(run / "model" / GATE_FILE), 1, axis=0))
     else:
@@ -110,6 +134,8 @@ def test_a_form_that_differs_leaves_nothing(
     error = capsys.readouterr().err
     named = {
         "merged": "merged: ",
+        "template": "merged: ",
+        "pooling": "sentence-transformers: ",
         "engine": "the engine at the end",
         "adapter": "norm of the adapter's B matrices: 0.0",
     }

@@ -90,6 +90,11 @@ def _read_trained(folder: Path, template: str | None) -> tuple[EmbedderDescripti
             f"{folder}: the tokenizer files have fingerprint {tokenizer.fingerprint[:12]}, the model was trained with "
             f"{description.fingerprint[:12]}; restore the files that training wrote"
         )
+    as_saved = dataclasses.replace(tokenizer.tokens, marker_subtokens=description.tokens.marker_subtokens)
+    if as_saved != description.tokens:
+        raise ValueError(
+            f"{folder}/{DESCRIPTION_FILE}: prompt_tokens are not those of its template; restore what training wrote"
+        )
     return description, dataclasses.replace(tokenizer, tokens=description.tokens)
 
 
