@@ -43,9 +43,13 @@ def encode(args: argparse.Namespace, command: Sequence[str]) -> int:
     if processes > 1:
         return run_workers(args, command, processes, gpus, num_texts)
     # Loading these takes seconds; wrong arguments should not have to wait for it.
+    import transformers
+
     from pipeline.inference.corpus import encode_corpus
     from pipeline.inference.embedder import load_embedder
 
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
     embedder = load_embedder(args.model, args.chunk_tokens, not args.worker, dim=args.dim, template=args.template)
     encode_corpus(embedder, CorpusTexts(args.corpus, num_texts), args.out, args.dtype, args.block_texts)
     return 0
@@ -93,11 +97,13 @@ def run_workers(
         again = [sys.executable, str(Path(__file__).resolve()), *command, "--processes", "1", "--worker"]
         workers.append(subprocess.Popen(again, env=env))
     try:
-        with tqdm(total=num_texts, desc="encode corpus", unit="text") as bar:
+        # Not on a terminal (a batch job's log): a line now and then.
+        interval = 0.2 if sys.stderr.isatty() else 30.0
+        with tqdm(total=num_texts, desc="encode corpus", unit="text", mininterval=interval) as bar:
             while any(worker.poll() is None for worker in workers):
-                bar.n = min(count_done(args.out) * args.block_texts, num_texts)
-                bar.refresh()
+                bar.update(min(count_done(args.out) * args.block_texts, num_texts) - bar.n)
                 time.sleep(0.5)
+            bar.update(min(count_done(args.out) * args.block_texts, num_texts) - bar.n)
     finally:
         for worker in workers:
             worker.terminate()

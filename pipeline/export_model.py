@@ -40,6 +40,8 @@ def export(run: Path, out: Path, shots: int) -> None:
         log.warning("no %s/: %s", SENTENCE_TRANSFORMERS, reason)
     else:
         examples = json.loads((model / "examples.json").read_text(encoding="utf-8"))
+        if not description.tasks:
+            log.warning("%s names no tasks (it is of an older version): no prompts are written", model)
         prompts = prompts_of(description.template, description.tasks, examples, shots)
         write_sentence_transformers(partial / MERGED, partial / SENTENCE_TRANSFORMERS, prompts)
 

@@ -77,6 +77,14 @@ def test_every_form_gives_the_trained_embeddings(run: Path, tmp_path: Path, caps
     assert INSTRUCTION in card and "| merged | 1.000000 | 0.9999 |" in card and "'\\n<response>'" in card
 
 
+def test_a_model_without_tasks_is_exported_without_prompts_and_that_is_said(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    change_json(run / "model" / "embedder.json", tasks={})
+    assert export(run, tmp_path / "out") == 0
+    assert "names no tasks (it is of an older version): no prompts are written" in capsys.readouterr().out
+
+
 def test_what_is_left_out_is_said(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Mean pooling is no form for sentence-transformers here; best_model/ has no embeddings of the engine."""
     (run / "model" / GATE_FILE).unlink()

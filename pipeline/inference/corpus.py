@@ -18,6 +18,7 @@ import io
 import json
 import logging
 import os
+import sys
 from collections.abc import Iterable, Iterator, Sequence, Sized
 from itertools import islice
 from pathlib import Path
@@ -68,7 +69,9 @@ def encode_corpus(
     quiet = dataclasses.replace(embedder, show_progress=False)
     total = len(texts) if isinstance(texts, Sized) else None
     missing: list[int] | None = None
-    with tqdm(total=total, desc="encode corpus", unit="text", disable=not embedder.show_progress) as bar:
+    interval = 0.2 if sys.stderr.isatty() else 30.0  # not on a terminal: a line now and then
+    options: dict[str, Any] = {"unit": "text", "mininterval": interval, "disable": not embedder.show_progress}
+    with tqdm(total=total, desc="encode corpus", **options) as bar:
         while missing is None or missing:
             if missing is not None and iter(texts) is texts:
                 raise ValueError(f"blocks {missing[:8]} of {out} were left by another process, and texts has been read")
