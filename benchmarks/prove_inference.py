@@ -134,7 +134,32 @@ def reference_scores(data: Path) -> list[Row]:
         + ["--label", "all-MiniLM-L6-v2"]
     )
     found = {score["task"]: 100 * score["value"] for score in json.loads(scores.read_text())}
-    return [
-        row(claim + name, f"within 1.0 of {wanted}", f"{found[name]:.1f}", abs(found[name] - wanted) <= 1.0)
-        for name, wanted in REFERENCE.items()
+    rows = []
+    for name, wanted in REFERENCE.items():
+        off = abs(found[name] - wanted)
+        rows.append(row(claim + name, f"within 1.0 of {wanted}", f"{found[name]:.1f}", off <= 1.0))
+        if off > 1.0 and (data / name / "train.jsonl").is_file():
+            rows.append(kmeans_spread(data / name, model, wanted))
+    return rows
+
+
+def kmeans_spread(folder: Path, model: Path, wanted: float) -> Row:
+    """What one k-means gives from a hundred seeds on the same embeddings: a score of one seed is a draw from these."""
+    from sentence_transformers import SentenceTransformer
+    from sklearn.cluster import MiniBatchKMeans
+    from sklearn.metrics import v_measure_score
+
+    rows = [json.loads(line) for line in (folder / "test.jsonl").read_text(encoding="utf-8").splitlines()]
+    labels = [row["label"] for row in rows]
+    embeddings_ND = SentenceTransformer(str(model)).encode([row["text"] for row in rows], show_progress_bar=False)
+    clusters = [
+        MiniBatchKMeans(len(set(labels)), batch_size=500, n_init="auto", random_state=seed).fit(embeddings_ND).labels_
+        for seed in range(100)
     ]
+    scores = [100 * v_measure_score(labels, found) for found in clusters]
+    return row(
+        f"why {folder.name} differs: V-measure of one k-means on all texts, 100 seeds",
+        f"{wanted} is an ordinary one of them",
+        f"{np.mean(scores):.1f} +- {np.std(scores):.1f}, from {min(scores):.1f} to {max(scores):.1f}",
+        abs(float(np.mean(scores)) - wanted) <= 2 * float(np.std(scores)),
+    )

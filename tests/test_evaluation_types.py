@@ -93,9 +93,9 @@ def test_pair_classification_is_the_average_precision_of_cosines(make: Callable[
 def test_labels_of_separate_texts_are_found_and_shuffled_ones_are_not(make: Callable[[str], Path], kind: str) -> None:
     from pipeline.evaluation.runner import score_local
 
-    folder = make(kind)
+    folder, rows = make(kind), 4 * rows_of(kind)
+    write_lines(folder / "test.jsonl", rows)
     good = score_local(load_task(folder), encode_words)
-    rows = [json.loads(line) for line in (folder / "test.jsonl").read_text().splitlines()]
     write_lines(folder / "test.jsonl", [row | {"label": LABELS[i * 4 % 9]} for i, row in enumerate(rows)])
     assert good > 0.9 > 0.6 > score_local(load_task(folder), encode_words)
 

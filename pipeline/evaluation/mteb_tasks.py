@@ -6,9 +6,15 @@ from typing import Any
 
 import mteb
 from datasets import Dataset, DatasetDict
-from mteb.abstasks import AbsTask, AbsTaskClassification, AbsTaskPairClassification, AbsTaskRetrieval, AbsTaskSTS
+from mteb.abstasks import (
+    AbsTask,
+    AbsTaskClassification,
+    AbsTaskClustering,
+    AbsTaskPairClassification,
+    AbsTaskRetrieval,
+    AbsTaskSTS,
+)
 from mteb.abstasks.aggregated_task import AbsTaskAggregate
-from mteb.abstasks.clustering_legacy import AbsTaskClusteringLegacy
 from mteb.abstasks.task_metadata import TaskMetadata
 from mteb.types import PromptType
 
@@ -39,8 +45,11 @@ def as_mteb(task: LocalTask, sides: str) -> AbsTask:
         made.dataset = DatasetDict({"train": Dataset.from_list([*task.train]), "test": Dataset.from_list([*task.test])})
     elif kind == "clustering":
         made = _make(_Clustering, task, "Clustering")
-        one = {"sentences": [[row["text"] for row in task.test]], "labels": [[row["label"] for row in task.test]]}
-        made.dataset = DatasetDict({"test": Dataset.from_dict(one)})
+        # Ten k-means on as many drawn texts: one alone, from a fixed seed, can be several points off their mean.
+        made.max_fraction_of_documents_to_embed = None  # type: ignore[attr-defined]
+        made.max_documents_per_cluster = len(task.test)  # type: ignore[attr-defined]
+        texts = {"sentences": [row["text"] for row in task.test], "labels": [row["label"] for row in task.test]}
+        made.dataset = DatasetDict({"test": Dataset.from_dict(texts)})
     elif kind == "sts":
         made = _make(_STS, task, "STS")
         scores = [row["score"] for row in task.test]
@@ -140,7 +149,7 @@ class _Classification(AbsTaskClassification):
     metadata = _METADATA
 
 
-class _Clustering(AbsTaskClusteringLegacy):
+class _Clustering(AbsTaskClustering):
     metadata = _METADATA
 
 
