@@ -251,7 +251,7 @@ def test_a_damaged_scores_file(tmp_path: Path) -> None:
 
 def test_the_table() -> None:
     lines = score_table([BEFORE]).splitlines()
-    assert lines[0].split() == ["task", "metric", "before", "zero_shot"]
+    assert lines[0].split() == ["task", "metric", "before", "zero-shot"]
     assert lines[2].split() == ["words", "ndcg_at_10", "0.2500"]
 
 
@@ -267,7 +267,7 @@ def test_means_stand_below_several_tasks_and_only_where_every_task_has_a_score()
     ]
     scores += [score("y", "zero_shot", "a", 0.5, "sts", "")]
     rows = [re.split(r" {2,}", line) for line in score_table(scores).splitlines()]
-    assert rows[0] == ["task", "metric", "novelty", "x zero_shot", "x few_shot", "x few - zero", "y zero_shot"]
+    assert rows[0] == ["task", "metric", "novelty", "x zero-shot", "x few-shot", "x gain", "y zero-shot"]
     assert rows[2:] == [
         ["a", "m", "unseen", "0.0000", "0.0000", "+0.0000", "0.5000"],
         ["b", "m", "trained-on", "0.1000", "0.3000", "+0.2000"],
@@ -280,7 +280,7 @@ def test_means_stand_below_several_tasks_and_only_where_every_task_has_a_score()
 
 def test_the_paper_stands_beside_public_tasks() -> None:
     lines = score_table([Score("x", "zero_shot", "ArguAna", "ndcg_at_10", 0.5)]).splitlines()
-    assert "paper public few_shot" in lines[0]
+    assert "paper public few-shot" in lines[0]
     assert lines[2].split()[-2:] == ["0.5581", "0.5541"]
 
 
@@ -288,7 +288,7 @@ def test_the_report(tmp_path: Path) -> None:
     scores = [BEFORE, replace(BEFORE, model="after", value=0.75), replace(BEFORE, model="after", mode="few_shot")]
     (tmp_path / "loss.png").touch()
     text = write_report(tmp_path, Settings(), scores, ["a note"]).read_text()
-    assert "| task | metric | before zero_shot | after zero_shot | after few_shot | after few - zero |" in text
+    assert "| task | metric | before zero-shot | after zero-shot | after few-shot | after gain |" in text
     assert "| words | ndcg_at_10 | 0.2500 | 0.7500 | 0.2500 | -0.5000 |" in text
     assert "- a note" in text
     assert "![loss](loss.png)" in text

@@ -135,7 +135,7 @@ def test_a_task_of_mteb_by_name_on_a_local_copy_of_its_data(
     options += ["--scores", str(tmp_path / "s.json")]
     assert evaluate_embedder.main([*options, "--examples-root", str(tmp_path / "examples")]) == 0
     out = capsys.readouterr().out
-    assert "paper public few_shot" in out
+    assert "paper public few-shot" in out
     found = details(tmp_path / "s.json")
     assert found["few_shot"]["instruction"] == "Retrieve semantically similar text."
     assert found["few_shot"]["examples"] == [{"query": "ash", "response": "ash"}]

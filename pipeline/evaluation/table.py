@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pipeline.evaluation.public import find_paper_scores
 
 MODES = ("zero_shot", "few_shot")
-DIFFERENCE = "few - zero"
+DIFFERENCE = "gain"
 Task = tuple[str, str]  # (name, metric)
 
 
@@ -30,7 +30,7 @@ class Score:
 
 
 def score_rows(scores: Sequence[Score]) -> list[list[str]]:
-    """A row for each task and metric, heading first; for each model zero-shot, few-shot and the difference.
+    """A row for each task and metric, heading first; for each model zero-shot, few-shot and what examples gain.
 
     Where there are several tasks, rows with means follow: over all of them, over those of each novelty and of each
     type. Public tasks have the paper's scores beside them (arXiv 2409.15700, tables 8 and 9).
@@ -75,7 +75,7 @@ def _columns(scores: Sequence[Score]) -> dict[str, dict[Task, float]]:
         found = {
             mode: {(s.task, s.metric): s.value for s in scores if (s.model, s.mode) == (model, mode)} for mode in MODES
         }
-        columns |= {f"{model} {mode}": found[mode] for mode in MODES if found[mode]}
+        columns |= {f"{model} {mode.replace('_', '-')}": found[mode] for mode in MODES if found[mode]}
         zero, few = (found[mode] for mode in MODES)
         if zero and few:
             columns[f"{model} {DIFFERENCE}"] = {task: few[task] - zero[task] for task in few if task in zero}
@@ -87,7 +87,7 @@ def _paper_columns(tasks: Sequence[Task]) -> dict[str, dict[Task, float]]:
     columns: dict[str, dict[Task, float]] = {}
     for task in tasks:
         for name, points in find_paper_scores(task[0]).items():
-            columns.setdefault(f"paper {name}", {})[task] = points / 100
+            columns.setdefault(f"paper {name.replace('_', '-')}", {})[task] = points / 100
     return columns
 
 
