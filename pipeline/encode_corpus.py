@@ -8,8 +8,6 @@ after the last whole block of each process; more machines can help by giving the
 
 import argparse
 import logging
-import os
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -19,6 +17,7 @@ from tqdm import tqdm
 
 from pipeline.files import write_atomic
 from pipeline.inference.corpus_file import BLOCK_TEXTS, CorpusTexts, read_corpus
+from pipeline.inference.workers import start_workers, stop_workers, visible_gpus
 
 log = logging.getLogger("encode")
 
@@ -38,10 +37,9 @@ def encode(args: argparse.Namespace, command: Sequence[str]) -> int:
     if not args.corpus.is_file():
         raise ValueError(f"--corpus {args.corpus}: no such file; it is a file of JSON lines")
     num_texts = write_ids(args.corpus, args.out.with_suffix(".ids.txt"))
-    gpus = visible_gpus()
-    processes = args.processes or max(1, len(gpus))
+    processes = args.processes or max(1, len(visible_gpus()))
     if processes > 1:
-        return run_workers(args, command, processes, gpus, num_texts)
+        return run_workers(args, command, processes, num_texts)
     # Loading these takes seconds; wrong arguments should not have to wait for it.
     import transformers
 
@@ -73,29 +71,11 @@ def write_ids(corpus: Path, ids: Path) -> int:
     return count
 
 
-def visible_gpus() -> list[str]:
-    """Names of this machine's GPUs for CUDA_VISIBLE_DEVICES."""
-    import torch
-
-    named = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
-    return [named[i] if i < len(named) and named[i] else str(i) for i in range(torch.cuda.device_count())]
-
-
-def run_workers(
-    args: argparse.Namespace, command: Sequence[str], processes: int, gpus: Sequence[str], num_texts: int
-) -> int:
-    """The same command in processes of their own, one a GPU; they share the blocks."""
+def run_workers(args: argparse.Namespace, command: Sequence[str], processes: int, num_texts: int) -> int:
+    """The same command in processes of their own; they share the blocks."""
     from pipeline.inference.corpus import count_done
 
-    cores = len(os.sched_getaffinity(0))
-    workers = []
-    for i in range(processes):
-        env = {"OMP_NUM_THREADS": str(max(1, cores // processes)), **os.environ}
-        if gpus:
-            env["CUDA_VISIBLE_DEVICES"] = gpus[i % len(gpus)]
-        # The last of two equal options counts.
-        again = [sys.executable, str(Path(__file__).resolve()), *command, "--processes", "1", "--worker"]
-        workers.append(subprocess.Popen(again, env=env))
+    workers = start_workers(Path(__file__), command, processes)
     try:
         # Not on a terminal (a batch job's log): a line now and then.
         interval = 0.2 if sys.stderr.isatty() else 30.0
@@ -105,9 +85,7 @@ def run_workers(
                 time.sleep(0.5)
             bar.update(min(count_done(args.out) * args.block_texts, num_texts) - bar.n)
     finally:
-        for worker in workers:
-            worker.terminate()
-    codes = [worker.wait() for worker in workers]
+        codes = stop_workers(workers)
     if failed := sum(code != 0 for code in codes):
         rest = "the others took over their blocks" if failed < processes else "the same command goes on from here"
         log.warning("%d of %d processes failed; %s", failed, processes, rest)

@@ -9,8 +9,6 @@ the same command may run on several machines at once.
 import argparse
 import importlib.util
 import logging
-import os
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -22,6 +20,7 @@ from pipeline.evaluation.report import add_scores, write_report
 from pipeline.evaluation.sides import SIDES
 from pipeline.evaluation.table import MODES, Score, score_table
 from pipeline.evaluation.tasks import load_task
+from pipeline.inference.workers import start_workers, stop_workers
 from pipeline.settings import Settings, load_settings
 
 if TYPE_CHECKING:
@@ -88,6 +87,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--chunk-tokens", type=int, help="token budget of a forward pass (default: by device)")
     parser.add_argument("--processes", type=int, default=1, help="share the tasks among so many, one a GPU")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe, model.dtype=fp32 say")
     return parser.parse_intermixed_args(argv)
 
@@ -102,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         settings = read_settings(args.run, args.config, args.overrides)
         names = task_names(args)
         if args.processes > 1:
-            share(list(sys.argv[1:] if argv is None else argv), args.processes)
+            share(sys.argv[1:] if argv is None else argv, args.processes)
         return evaluate(args, settings, names, modes)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -145,17 +145,15 @@ def task_names(args: argparse.Namespace) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def share(argv: list[str], processes: int) -> None:
+def share(command: Sequence[str], processes: int) -> None:
     """Run the same command so many times at once; each takes tasks that no other one has. Their scores stay in
     evaluation/, from where this process takes them; what none of them could score it tries again, and says why."""
-    place = argv.index("--processes") if "--processes" in argv else None
-    alone = argv[:place] + argv[place + 2 :] if place is not None else [a for a in argv if "--processes" not in a]
-    running = []
-    for number in range(processes):
-        environment = os.environ | {"CUDA_VISIBLE_DEVICES": str(number), SHARED: "1"}
-        running.append(subprocess.Popen([sys.executable, __file__, *alone], env=environment))
-    for process in running:
-        process.wait()
+    workers = start_workers(Path(__file__), command, processes)
+    try:
+        for worker in workers:
+            worker.wait()
+    finally:
+        stop_workers(workers)
 
 
 def evaluate(args: argparse.Namespace, settings: Settings | None, names: Sequence[str], modes: Sequence[str]) -> int:
@@ -178,7 +176,7 @@ def evaluate(args: argparse.Namespace, settings: Settings | None, names: Sequenc
     scores: list[Score] = []
     failed: list[str] = []
     for job in jobs:
-        if SHARED in os.environ and is_busy(model, job, path.parent / "evaluation"):
+        if args.worker and is_busy(model, job, path.parent / "evaluation"):
             continue
         print(f"{job.task}: {job.about}", flush=True)
         if model.embedder and job.some_query and job.examples:
@@ -193,7 +191,7 @@ def evaluate(args: argparse.Namespace, settings: Settings | None, names: Sequenc
             failed.append(job.task)
             continue
         print(f"{job.task}: scored in {time.monotonic() - start:.0f} s", flush=True)
-    if SHARED in os.environ:
+    if args.worker:
         return 0
     everything = add_scores(path, scores)
     print(score_table(everything))
@@ -286,8 +284,6 @@ def describe_examples(model: "Model", jobs: Sequence["Job"], modes: Sequence[str
     numbers = " or ".join(map(str, counts))
     return [f"{model.label}: few_shot with the first {numbers} examples of each task"] if counts else []
 
-
-SHARED = "BGE_ICL_SHARED_EVALUATION"  # in the environment of processes that `share` starts
 
 if __name__ == "__main__":
     raise SystemExit(main())
