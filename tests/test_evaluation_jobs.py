@@ -73,7 +73,9 @@ def test_what_is_scored_is_not_scored_again(
     lines = (other / "corpus.jsonl").read_text().splitlines()
     (other / "corpus.jsonl").write_text("\n".join([*lines[:-1], json.dumps({"_id": "d11", "text": "lake"})]))
     assert evaluate(recipe, scores, "--modes", "zero_shot", task=str(other)) == 0
-    assert scored == ["few_shot", "zero_shot", "zero_shot", "few_shot", "zero_shot"]
+    monkeypatch.setattr(jobs, "PROTOCOL", 0)
+    assert evaluate(recipe, scores, "--modes", "few_shot") == 0
+    assert scored == ["few_shot", "zero_shot", "zero_shot", "few_shot", "zero_shot", "few_shot"]
 
 
 def test_a_damaged_record_is_named(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
