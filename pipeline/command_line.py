@@ -15,6 +15,7 @@ COMMANDS = {
     "train": ("pipeline.train", "train an embedder (several ranks: deepspeed pipeline/train.py)"),
     "export": ("pipeline.export_model", "write a trained embedder for PEFT, transformers and sentence-transformers"),
     "evaluate": ("pipeline.evaluate_embedder", "score a model zero-shot and few-shot"),
+    "study": ("pipeline.study_examples", "measure what in-context examples do: number, content, labels, choice"),
 }
 
 
