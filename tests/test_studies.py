@@ -5,7 +5,7 @@ import random
 import re
 import statistics
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from pipeline.evaluation.altered_examples import (
 from pipeline.evaluation.sampling import sample_task
 from pipeline.evaluation.study_arms import Arm, choice_arms, content_arms, draw_examples, label_arms, shots_arms
 from pipeline.evaluation.tasks import RetrievalTask, load_task
+from pipeline.inference.choosing import Order, choose_bm25, choose_nearest
 from pipeline.inference.prompting import Example
 from pipeline.prompts import get_template
 
@@ -209,6 +210,8 @@ def test_draws_begin_with_the_smaller_ones() -> None:
         assert sorted(whole) == pool and whole != tuple(pool)
         assert all(draw_examples(pool, n, draw) == whole[:n] for n in range(9))
     assert len({draw_examples(pool, 8, draw) for draw in range(5)}) == 5
+    many = [(f"q{i}", "r") for i in range(200)]
+    assert all(draw_examples(many, 20, draw) == draw_examples(many, 100, draw)[:20] for draw in range(1, 9))
 
 
 def test_the_arms_of_one_draw_alter_the_same_examples(tmp_path: Path) -> None:
@@ -294,35 +297,37 @@ def test_a_measurement_is_the_evaluation_s_own(recipe: Path, tmp_path: Path) -> 
         assert few["example_tokens"] == added[1] - added[0] and zero["example_tokens"] == 0
 
 
-@pytest.mark.parametrize("by", ["nearest", "bm25"])
-def test_examples_of_each_text_s_own_are_those_of_one_text_at_a_time(recipe: Path, tmp_path: Path, by: str) -> None:
+@pytest.mark.parametrize(("by", "order"), [("nearest", "nearest_last"), ("bm25", "nearest_first"), ("bm25", "random")])
+def test_examples_of_each_text_s_own_are_those_of_one_text_at_a_time(
+    recipe: Path, tmp_path: Path, by: str, order: Order
+) -> None:
     from pipeline.evaluation.runner import score_local
     from pipeline.evaluation.studies import measure
 
     model, task = load(recipe), load_task(recipe.parent / "words")
     task = replace(task, examples=(*EXAMPLES, ("where is elm", "elm"), ("lake ash", "lake"), ("bay", "jade hill")))
-    arm = Arm("each", 2, None, by=by)
+    arm = Arm("each", 2, 3 if order == "random" else None, by=by, order=order)
     seen: list[tuple[str, tuple[Example, ...]]] = []
+
+    def embed(texts: Sequence[str]) -> np.ndarray:
+        return model.embedder.encode_queries(texts, task.instruction)
 
     def slow(texts: list[str], carry: str) -> np.ndarray:
         if carry == "bare":
             return model.embedder.encode_passages(texts)
-        rows = []
-        for text in texts:
-            shown = study_arms.choose_each(
-                arm, task.examples, [text], lambda part: model.embedder.encode_queries(list(part), task.instruction)
-            )[0]
-            seen.append((text, tuple(shown)))
-            rows.append(model.embedder.encode_queries([text], task.instruction, shown)[0])
-        return np.stack(rows)
+        if by == "nearest":
+            shown = choose_nearest(task.examples, texts, 2, embed, order)
+        else:
+            shown = choose_bm25(task.examples, texts, 2, order, seed=3)
+        seen.extend((text, tuple(examples)) for text, examples in zip(texts, shown, strict=True))
+        return np.stack([model.embedder.encode_queries([t], task.instruction, s)[0] for t, s in seen])
 
     wanted = score_local(task, slow)
     record = measure(model, task, "released", arm, tmp_path)
     assert record["value"] == pytest.approx(wanted, abs=1e-6)
     assert len({shown for _, shown in seen}) > 1, "a test on one set of examples would see nothing"
-    first = dict(seen)[task.some_query]
-    assert record["prompt_of_first_query"].count("<query>") == 3
-    assert all(f"<query>{q}\n<response>{r}\n\n" in record["prompt_of_first_query"] for q, r in first)
+    prompt = "".join(f"<instruct>Find the word.\n<query>{q}\n<response>{r}\n\n" for q, r in seen[0][1])
+    assert seen[0][0] == task.some_query and record["prompt_of_first_query"].startswith(prompt)
 
 
 def test_the_key_holds_what_decides(recipe: Path) -> None:
