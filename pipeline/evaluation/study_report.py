@@ -74,23 +74,23 @@ def plot(path: Path, study: str, records: Sequence[Record]) -> None:
     summary = summarize(records)
     arms, tasks = (list(dict.fromkeys(record[name] for record in records)) for name in ("arm", "task"))
     shown = arms if study == "shots" else [arm for arm in arms if arm != ZERO]
-    figure, axis = plt.subplots(figsize=(8, 4) if len(shown) < 8 or study == "shots" else (9, 4.6))
+    figure, axis = plt.subplots(figsize=(8, 4.6), layout="constrained")
     for number, task in enumerate(tasks):
         zero = 0.0 if study == "shots" else summary[ZERO, task][0]
         mine = [(place, *summary[arm, task]) for place, arm in enumerate(shown) if (arm, task) in summary]
-        aside = 0.0 if study == "shots" else 0.5 * ((number + 0.5) / len(tasks) - 0.5)
+        aside = (0.1 if study == "shots" else 0.5) * ((number + 0.5) / len(tasks) - 0.5)
         style = "o-" if study == "shots" else "o"
         axis.errorbar(
             [place + aside for place, _, _ in mine],
             [mean - zero for _, mean, _ in mine],
-            yerr=[spread or 0.0 for _, _, spread in mine],
+            yerr=[math.nan if spread is None else spread for _, _, spread in mine],
             fmt=style,
             markersize=5,
             capsize=3,
             linewidth=1.3,
             label=f"{task} ({_metric(records, task)})",
         )
-    axis.set_xticks(range(len(shown)), ["0" if arm == ZERO else arm.replace(", ", ",\n") for arm in shown], fontsize=8)
+    axis.set_xticks(range(len(shown)), ["0" if arm == ZERO else arm.replace(" ", "\n") for arm in shown], fontsize=8)
     if study == "shots":
         axis.set(xlabel="examples in the prompt", ylabel="score")
     else:
@@ -98,8 +98,7 @@ def plot(path: Path, study: str, records: Sequence[Record]) -> None:
         axis.set(ylabel="score minus zero-shot")
     axis.grid(alpha=0.3, axis="y")
     axis.set_title(TITLES[study], fontsize=10)
-    axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
-    figure.tight_layout()
+    figure.legend(fontsize=8, loc="outside lower center", ncols=3, frameon=False)
     write_atomic(path, lambda temporary: figure.savefig(temporary, format="png", dpi=110, metadata={"Software": None}))
     plt.close(figure)
 
