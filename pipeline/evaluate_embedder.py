@@ -15,7 +15,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pipeline.evaluation import loading
 from pipeline.evaluation.air_bench import is_place, load_air_bench, parse_place, write_ranking
+from pipeline.evaluation.loading import read_settings
 from pipeline.evaluation.report import add_scores, write_report
 from pipeline.evaluation.sides import SIDES
 from pipeline.evaluation.table import MODES, Score, score_table
@@ -116,19 +118,6 @@ def parse_modes(text: str) -> tuple[str, ...]:
         if mode not in MODES:
             raise ValueError(f"--modes {text}: {mode!r} is unknown; known: {', '.join(MODES)}")
     return modes
-
-
-def read_settings(run: Path | None, config: Path | None, overrides: Sequence[str]) -> Settings | None:
-    """Settings of the run or recipe, None for another model; ValueError where overrides cannot apply."""
-    if config is not None:
-        return load_settings(config, overrides)
-    if overrides:
-        raise ValueError(f"{' '.join(overrides)}: a trained model keeps its settings; overrides go with --config")
-    if run is None:
-        return None
-    if not (run / "settings.yaml").is_file():
-        raise ValueError(f"--run {run} is not the folder of a run: settings.yaml is missing")
-    return load_settings(run / "settings.yaml")
 
 
 def task_names(args: argparse.Namespace) -> list[str]:
@@ -250,20 +239,11 @@ def load_model(args: argparse.Namespace, settings: Settings | None) -> "Model":
     """What is scored, from the one of four arguments that names it."""
     from pipeline.evaluation.baselines import load_baseline
     from pipeline.evaluation.jobs import Model
-    from pipeline.inference.embedder import load_base_embedder, load_embedder
-    from pipeline.inference.fingerprint import fingerprint
 
     if args.baseline:
         baseline, digest = load_baseline(args.baseline)
         return Model(args.label or Path(args.baseline).name, digest, None, baseline)
-    if args.config:
-        assert settings is not None
-        embedder = load_base_embedder(settings, args.chunk_tokens)
-        return Model(args.label or "before", fingerprint(embedder), embedder)
-    embedder = load_embedder(args.run or args.model, args.chunk_tokens, template=args.template)
-    names = tuple(dataset.name for dataset in settings.data.datasets) if settings else None
-    label = args.label or ("after" if args.run else Path(args.model).name)
-    return Model(label, fingerprint(embedder), embedder, datasets=names)
+    return loading.load_model(settings, args.run, args.model, args.template, args.chunk_tokens, args.label)
 
 
 def show_prompt(model: "Model", job: "Job") -> None:

@@ -119,7 +119,7 @@ def run_job(model: Model, job: Job, modes: Sequence[str], folder: Path) -> list[
     if model.baseline is not None and not can_score(model.baseline, job.kind):
         log.info("%s: %s cannot score a task of type %s; left out", job.task, model.label, job.kind)
         return []
-    memory = folder / "embeddings" / _digest(model.fingerprint, job.task, job.data, job.instruction, job.sides)
+    memory = folder / "embeddings" / digest(model.fingerprint, job.task, job.data, job.instruction, job.sides)
     with locked(_lock(model, job, folder), f"task {job.task}: another process scores it in {folder}"):
         for mode in _modes(model, job, modes):
             path = folder / f"{job.task}-{mode}-{_key(model, job, mode)[:16]}.json"
@@ -158,7 +158,7 @@ def _modes(model: Model, job: Job, modes: Sequence[str]) -> list[str]:
 def _score(model: Model, job: Job, mode: str, memory: Path) -> dict[str, Any]:
     started = time.monotonic()
     examples = job.examples if mode == "few_shot" else ()
-    with _notes() as notes:
+    with collect_notes() as notes:
         if model.embedder is None:
             scorer: Any = model.baseline
         else:
@@ -195,17 +195,19 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def _notes() -> Iterator[list[str]]:
-    """What the embedder logs meanwhile: each message once, with how often it came."""
+def collect_notes(quiet: bool = False) -> Iterator[list[str]]:
+    """What the embedder logs meanwhile: each message once, with how often it came; `quiet` keeps it from the screen."""
     counts: dict[str, int] = {}
     notes: list[str] = []
     handler = logging.Handler(logging.INFO)
     handler.emit = lambda record: counts.update({record.getMessage(): counts.get(record.getMessage(), 0) + 1})  # type: ignore[method-assign]
     logger = logging.getLogger("pipeline.inference")
     logger.addHandler(handler)
+    spread, logger.propagate = logger.propagate, logger.propagate and not quiet
     try:
         yield notes
     finally:
+        logger.propagate = spread
         logger.removeHandler(handler)
         notes += [text if count == 1 else f"{text} ({count} times)" for text, count in counts.items()]
 
@@ -213,12 +215,13 @@ def _notes() -> Iterator[list[str]]:
 def _key(model: Model, job: Job, mode: str) -> str:
     examples = job.examples if mode == "few_shot" else ()
     decides = [model.fingerprint, job.task, job.data, job.metric, mode, job.sides, job.instruction, examples]
-    return _digest(*decides, version("mteb"), PROTOCOL)
+    return digest(*decides, version("mteb"), PROTOCOL)
 
 
 def _lock(model: Model, job: Job, folder: Path) -> Path:
-    return folder / "locks" / f"{job.task}-{_digest(model.fingerprint, job.data, job.sides)[:16]}"
+    return folder / "locks" / f"{job.task}-{digest(model.fingerprint, job.data, job.sides)[:16]}"
 
 
-def _digest(*parts: Any) -> str:
+def digest(*parts: Any) -> str:
+    """sha256 of values that JSON can hold."""
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

@@ -1,0 +1,58 @@
+"""The model that a command line names: a run, the base model of a recipe, or a published embedder."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pipeline.settings import Settings, load_settings
+
+if TYPE_CHECKING:
+    from pipeline.evaluation.jobs import Model
+
+
+def read_settings(run: Path | None, config: Path | None, overrides: Sequence[str]) -> Settings | None:
+    """Settings of the run or recipe, None for another model; ValueError where overrides cannot apply."""
+    if config is not None:
+        return load_settings(config, overrides)
+    if overrides:
+        raise ValueError(f"{' '.join(overrides)}: a trained model keeps its settings; overrides go with --config")
+    if run is None:
+        return None
+    if not (run / "settings.yaml").is_file():
+        raise ValueError(f"--run {run} is not the folder of a run: settings.yaml is missing")
+    return load_settings(run / "settings.yaml")
+
+
+def load_model(
+    settings: Settings | None,
+    run: Path | None = None,
+    name: str | None = None,
+    template: str | None = None,
+    chunk_tokens: int | None = None,
+    label: str | None = None,
+) -> "Model":
+    """The embedder of a run, else the published one of a name, else the untrained base model of the settings.
+
+    Args:
+        settings: of the run or the recipe; None for a published embedder.
+        name: folder or hub name.
+        template: prompt template of a published embedder.
+        chunk_tokens: token budget of a forward pass; None: by device.
+        label: what tables call it; None: after, its name, or before.
+
+    Raises:
+        ValueError: it cannot be loaded.
+    """
+    # Loading these takes seconds; wrong arguments should not have to wait for it.
+    from pipeline.evaluation.jobs import Model
+    from pipeline.inference.embedder import load_base_embedder, load_embedder
+    from pipeline.inference.fingerprint import fingerprint
+
+    path = run or name
+    if path is None:
+        assert settings is not None, "a recipe, where neither run nor name is given"
+        embedder = load_base_embedder(settings, chunk_tokens)
+        return Model(label or "before", fingerprint(embedder), embedder)
+    embedder = load_embedder(path, chunk_tokens, template=template)
+    datasets = tuple(dataset.name for dataset in settings.data.datasets) if settings else None
+    return Model(label or ("after" if run else Path(path).name), fingerprint(embedder), embedder, datasets=datasets)
