@@ -11,6 +11,7 @@ import importlib.util
 import logging
 import sys
 import time
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,7 +22,7 @@ from pipeline.evaluation.loading import read_settings
 from pipeline.evaluation.report import add_scores, write_report
 from pipeline.evaluation.sides import SIDES
 from pipeline.evaluation.table import MODES, Score, score_table
-from pipeline.evaluation.tasks import load_task
+from pipeline.evaluation.tasks import LocalTask, load_task
 from pipeline.inference.workers import start_workers, stop_workers
 from pipeline.settings import Settings, load_settings
 
@@ -103,6 +104,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         modes = parse_modes(args.modes)
         settings = read_settings(args.run, args.config, args.overrides)
         names = task_names(args)
+        if args.processes > 1 and args.rankings:
+            raise ValueError("--rankings goes with one process; give each dataset a command of its own")
         if args.processes > 1:
             share(sys.argv[1:] if argv is None else argv, args.processes)
         return evaluate(args, settings, names, modes)
@@ -151,8 +154,6 @@ def evaluate(args: argparse.Namespace, settings: Settings | None, names: Sequenc
     import datasets
     import transformers
 
-    from pipeline.evaluation.jobs import is_busy, run_job
-
     folder = args.run or (Path(settings.run.output_dir) if settings else Path("runs/evaluation"))
     path = args.scores or folder / "scores.json"
     datasets.disable_progress_bars()
@@ -160,28 +161,23 @@ def evaluate(args: argparse.Namespace, settings: Settings | None, names: Sequenc
     transformers.utils.logging.disable_progress_bar()
     if args.rankings:
         return write_rankings(args, names, modes, load_model(args, settings))
-    jobs = [make_job(args, name, modes) for name in names]
-    model = load_model(args, settings)
-    scores: list[Score] = []
     failed: list[str] = []
-    for job in jobs:
-        if args.worker and is_busy(model, job, path.parent / "evaluation"):
-            continue
-        print(f"{job.task}: {job.about}", flush=True)
-        if model.embedder and job.some_query and job.examples:
-            show_prompt(model, job)
-        start = time.monotonic()
+    jobs = []
+    for name in names:
         try:
-            scores += run_job(model, job, modes, path.parent / "evaluation")
+            jobs.append(make_job(args, name, modes))
         except (ValueError, OSError) as error:
-            if len(jobs) == 1:
+            if len(names) == 1:
                 raise
-            print(f"error: {job.task}: {error}", file=sys.stderr, flush=True)
-            failed.append(job.task)
-            continue
-        print(f"{job.task}: scored in {time.monotonic() - start:.0f} s", flush=True)
+            failed.append(say_failed(name, error))
+    require_distinct_names(jobs)
+    model = load_model(args, settings)
+    scores, unscored = score_jobs(model, jobs, modes, path.parent / "evaluation", args.worker)
+    failed += unscored
     if args.worker:
         return 0
+    if not scores:
+        raise ValueError("nothing was scored: see above what was left out")
     everything = add_scores(path, scores)
     print(score_table(everything))
     if settings is None and (path.parent / "settings.yaml").is_file():
@@ -189,21 +185,73 @@ def evaluate(args: argparse.Namespace, settings: Settings | None, names: Sequenc
     report = write_report(path.parent, settings, everything, describe_examples(model, jobs, modes))
     print(f"scores: {path}\nreport: {report}")
     if failed:
-        print(f"error: {len(failed)} of {len(jobs)} tasks failed: {', '.join(failed)}", file=sys.stderr)
+        print(f"error: {len(failed)} of {len(names)} tasks failed: {', '.join(failed)}", file=sys.stderr)
     return 1 if failed else 0
+
+
+def score_jobs(
+    model: "Model", jobs: Sequence["Job"], modes: Sequence[str], folder: Path, is_worker: bool
+) -> tuple[list[Score], list[str]]:
+    """(scores, tasks that failed). Tasks that another process is at are passed over, and waited for at the end except
+    by workers."""
+    from pipeline.evaluation.jobs import run_job
+
+    scores: list[Score] = []
+    busy: list[Job] = []
+    failed: list[str] = []
+    for todo, wait in ((jobs, False), (busy, True)):
+        for job in () if wait and is_worker else todo:
+            print(f"{job.task}: {'another process scores it; waiting' if wait else job.about}", flush=True)
+            if model.embedder and job.some_query and job.examples and not wait:
+                show_prompt(model, job)
+            start = time.monotonic()
+            try:
+                found = run_job(model, job, modes, folder, wait)
+            except Exception as error:  # mteb and its data raise errors of many kinds: the other tasks go on
+                if len(jobs) == 1:
+                    raise
+                failed.append(say_failed(job.task, error))
+                continue
+            if found is None:
+                busy.append(job)
+                continue
+            scores += found
+            print(f"{job.task}: done in {time.monotonic() - start:.0f} s", flush=True)
+    return scores, failed
+
+
+def say_failed(task: str, error: Exception) -> str:
+    """Name a failed task, with where it failed unless a user can mend it; returns the task."""
+    print(f"error: {task}: {error}", file=sys.stderr, flush=True)
+    if not isinstance(error, (ValueError, OSError)):
+        traceback.print_exception(error)
+    return task
+
+
+def require_distinct_names(jobs: Sequence["Job"]) -> None:
+    """ValueError where two tasks have one name, under which scores are kept."""
+    names = [job.task for job in jobs]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"two tasks are named {', '.join(twice)}; give them names of their own in task.json")
 
 
 def make_job(args: argparse.Namespace, name: str, modes: Sequence[str]) -> "Job":
     """The job of a folder or of a public task."""
     from pipeline.evaluation.jobs import local_job, public_job
 
-    if Path(name).exists() or "/" in name:
-        is_air_bench = is_place(name)
-        task = load_air_bench(name, "dev", air_bench_examples(args)) if is_air_bench else load_task(name)
-        if args.baseline is not None or (is_air_bench and not task.examples):
-            modes = ("zero_shot",)
-        return local_job(task, modes, LOCAL_EXAMPLES if args.num_examples is None else args.num_examples, args.sides)
-    return public_job(name, args.num_examples, args.sides, args.data_root, args.examples_root)
+    if not Path(name).exists() and "/" not in name:
+        return public_job(name, args.num_examples, args.sides, args.data_root, args.examples_root)
+    num_examples = LOCAL_EXAMPLES if args.num_examples is None else args.num_examples
+    task: LocalTask
+    if is_place(name):
+        task = load_air_bench(name, "dev", air_bench_examples(args))
+        num_examples = len(task.examples[: args.num_examples])
+    else:
+        task = load_task(name)
+    if args.baseline is not None or (is_place(name) and not task.examples):
+        modes = ("zero_shot",)
+    return local_job(task, modes, num_examples, args.sides)
 
 
 def air_bench_examples(args: argparse.Namespace) -> Path | None:
@@ -222,16 +270,16 @@ def write_rankings(args: argparse.Namespace, names: Sequence[str], modes: Sequen
         raise ValueError("--rankings needs an embedder, not a baseline")
     for name in names:
         task = load_air_bench(name, "test", air_bench_examples(args))
-        for mode in modes:
-            examples = task.examples[: args.num_examples] if mode == "few_shot" else ()
-            if mode == "few_shot" and not examples:
-                print(f"{task.name}: no examples are known, few_shot is left out")
-                continue
-            with TemporaryDirectory() as memory:
+        with TemporaryDirectory() as memory:
+            for mode in modes:
+                examples = task.examples[: args.num_examples] if mode == "few_shot" else ()
+                if mode == "few_shot" and not examples:
+                    print(f"{task.name}: no examples are known, few_shot is left out")
+                    continue
                 encode = prompted(model.embedder, task.kind, task.instruction, examples, args.sides, Path(memory))
                 rankings = rank(task, encode, args.sides)
-            path = write_ranking(args.rankings, parse_place(name), "test", f"{model.label}-{mode}", rankings)
-            print(f"{task.name} {mode}: {len(rankings)} queries ranked: {path}", flush=True)
+                path = write_ranking(args.rankings, parse_place(name), "test", f"{model.label}-{mode}", rankings)
+                print(f"{task.name} {mode}: {len(rankings)} queries ranked: {path}", flush=True)
     return 0
 
 

@@ -239,7 +239,7 @@ def test_scores_are_added_and_replaced(tmp_path: Path) -> None:
     assert add_scores(path, [replace(BEFORE, value=0.5), replace(BEFORE, model="after")]) == read_scores(path)
     found = [(s["model"], s["mode"], s["value"]) for s in json.loads(path.read_text())]
     assert found == [("before", "few_shot", 0.25), ("before", "zero_shot", 0.5), ("after", "zero_shot", 0.25)]
-    keys = ["model", "mode", "task", "metric", "value", "kind", "novelty", "details"]
+    keys = ["model", "mode", "task", "metric", "value", "kind", "novelty", "sides", "fingerprint", "details"]
     assert list(json.loads(path.read_text())[0]) == keys
 
 
@@ -276,6 +276,18 @@ def test_means_stand_below_several_tasks_and_only_where_every_task_has_a_score()
         ["mean of 2: unseen", "0.1000", "0.3000", "+0.2000"],
         ["mean of 2: sts", "0.0500", "0.1500", "+0.1000"],
     ]
+
+
+def test_marks_of_models_that_differ_are_not_shown_for_all() -> None:
+    marks = [Score(model, "zero_shot", "a", "m", 0.5, novelty=mark) for model, mark in (("x", "unseen"), ("y", "seen"))]
+    assert "unseen" not in score_table(marks) and "unseen" in score_table(marks[:1])
+
+
+def test_scores_of_other_sides_have_no_gain() -> None:
+    scores = [
+        Score("x", mode, "a", "m", 0.5, sides=sides) for mode, sides in zip(BOTH, ("released", "trained"), strict=True)
+    ]
+    assert score_table(scores).splitlines()[2].split() == ["a", "m", "0.5000", "0.5000"]
 
 
 def test_the_paper_stands_beside_public_tasks() -> None:

@@ -1,6 +1,7 @@
 """Scores are kept under what decides them: nothing is computed twice, nothing is taken for something else."""
 
 import json
+import logging
 import os
 import re
 import subprocess
@@ -14,6 +15,7 @@ from test_evaluation import BOTH, ROOT, WORDS, encode_words, write_lines, write_
 from pipeline import evaluate_embedder
 from pipeline.evaluation.report import read_scores
 from pipeline.evaluation.tasks import load_retrieval_task
+from pipeline.files import take_lock
 
 ENTRY = ROOT / "pipeline/evaluate_embedder.py"
 
@@ -87,18 +89,141 @@ def test_a_damaged_record_is_named(recipe: Path, tmp_path: Path, capsys: pytest.
     assert f"{record} is damaged" in capsys.readouterr().err
 
 
-def test_embeddings_without_examples_are_made_once(tmp_path: Path) -> None:
-    from pipeline.evaluation.runner import _remembered
+@pytest.mark.parametrize("kind", ["folder", "memory"])
+def test_embeddings_without_examples_are_made_once(kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    from pipeline.evaluation.memory import collect_notes, remembered
+
+    caplog.set_level("INFO")
 
     def never() -> np.ndarray:
         raise AssertionError("is there already")
 
-    texts = ["ash", "bay"]
-    made = _remembered(tmp_path, "bare", texts, lambda: encode_words(texts, "bare"))
-    np.testing.assert_array_equal(_remembered(tmp_path, "bare", texts, never), made)
+    def encode() -> np.ndarray:
+        logging.getLogger("pipeline.inference.embedder").info("1 of 2 passages were cut")
+        return encode_words(texts, "bare")
+
+    texts, memory = ["ash", "bay"], tmp_path if kind == "folder" else {}
+    made = remembered(memory, "bare", texts, encode)
+    with collect_notes() as notes:
+        np.testing.assert_array_equal(remembered(memory, "bare", texts, never), made)
+    assert notes == ["1 of 2 passages were cut"], "what was cut is said again"
     for carry, others in (("instruction", texts), ("bare", texts[::-1]), ("bare", ["ash"]), ("bare", ["ashbay"])):
         with pytest.raises(AssertionError, match="is there already"):
-            _remembered(tmp_path, carry, others, never)
+            remembered(memory, carry, others, never)
+
+
+def test_notes_of_shared_passages_stand_beside_both_scores(recipe: Path, tmp_path: Path) -> None:
+    assert evaluate(recipe, tmp_path / "scores.json", "preprocess.max_passage_tokens=5") == 0
+    for record in details(tmp_path / "scores.json").values():
+        assert any("passages" in note and "cut" in note for note in record["notes"]), record["mode"]
+
+
+def test_another_model_of_the_same_label_takes_its_place(
+    recipe: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    scores = tmp_path / "scores.json"
+    assert evaluate(recipe, scores) == 0
+    old = {s.fingerprint for s in read_scores(scores)}
+    assert evaluate(recipe, scores, "preprocess.max_passage_tokens=9", "--modes", "zero_shot") == 0
+    found = read_scores(scores)
+    assert [s.mode for s in found] == ["zero_shot"] and {s.fingerprint for s in found}.isdisjoint(old)
+    assert "1 older scores labelled before are another model's" in caplog.text
+
+
+def test_a_task_that_another_process_is_at_is_waited_for(recipe: Path, tmp_path: Path) -> None:
+    scores = tmp_path / "scores.json"
+    assert evaluate(recipe, scores, "--modes", "zero_shot") == 0
+    (lock,) = (tmp_path / "evaluation/locks").iterdir()
+    scores.unlink()
+    command = [sys.executable, str(ENTRY), "--config", str(recipe), "--task", str(recipe.parent / "words")]
+    command += ["--modes", "zero_shot", "--scores", str(scores)]
+    held = take_lock(lock)
+    assert held is not None
+    with (
+        held,
+        subprocess.Popen(
+            command, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)}
+        ) as waiting,
+    ):
+        assert waiting.stdout is not None
+        line = next(line for line in waiting.stdout if "another process" in line)
+        assert line == "words: another process scores it; waiting\n" and not scores.exists()
+        held.close()
+        waiting.stdout.read()
+    assert waiting.returncode == 0 and len(read_scores(scores)) == 1
+
+
+def test_names_are_no_paths(recipe: Path, tmp_path: Path) -> None:
+    folder = write_task(tmp_path / "words")
+    header = json.loads((folder / "task.json").read_text())
+    (folder / "task.json").write_text(json.dumps(header | {"name": "../org/words"}))
+    assert evaluate(recipe, tmp_path / "out/scores.json", "--modes", "zero_shot", task=str(folder)) == 0
+    assert read_scores(tmp_path / "out/scores.json")[0].task == "../org/words"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "words"]
+
+
+def test_two_tasks_of_one_name(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert evaluate(recipe, tmp_path / "scores.json", "--task", str(write_task(tmp_path / "other"))) == 2
+    assert "two tasks are named words" in capsys.readouterr().err
+
+
+def test_where_nothing_is_scored_that_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write_task(tmp_path / "labels")
+    (folder / "task.json").write_text('{"name": "labels", "type": "clustering", "instruction": ""}')
+    write_lines(folder / "test.jsonl", [{"text": word, "label": i % 2} for i, word in enumerate(WORDS)])
+    options = ["--baseline", "bm25", "--task", str(folder), "--scores", str(tmp_path / "scores.json")]
+    assert evaluate_embedder.main(options) == 2
+    assert "nothing was scored" in capsys.readouterr().err
+
+
+def test_any_error_of_a_task_lets_the_others_go_on(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pipeline.evaluation import jobs
+
+    whole = jobs._score
+
+    def score(model, job, mode, memory):
+        if job.task == "words":
+            raise ZeroDivisionError("by mteb")
+        return whole(model, job, mode, memory)
+
+    monkeypatch.setattr(jobs, "_score", score)
+    other = write_task(tmp_path / "other")
+    header = json.loads((other / "task.json").read_text())
+    (other / "task.json").write_text(json.dumps(header | {"name": "other"}))
+    options = ["--modes", "zero_shot", "--task", str(other)]
+    assert evaluate(recipe, tmp_path / "scores.json", *options) == 1
+    error = capsys.readouterr().err
+    assert "error: words: by mteb" in error and "ZeroDivisionError" in error
+    assert [s.task for s in read_scores(tmp_path / "scores.json")] == ["other"]
+
+
+@pytest.mark.parametrize(
+    ("name", "instruction"),
+    [("BuiltBenchReranking", "Given a query, retrieve relevant entity descriptions for buildings"), ("STS15", None)],
+)
+def test_mteb_s_own_instruction_is_taken_where_the_paper_has_none(name: str, instruction: str | None) -> None:
+    import mteb
+
+    from pipeline.evaluation.jobs import public_job
+
+    job = public_job(name, None, "released", None, None)
+    prompt = mteb.get_task(name).metadata.prompt
+    assert job.instruction == (prompt["query"] if instruction else "Retrieve semantically similar text.")
+
+
+def test_a_local_copy_is_known_by_its_content_and_not_by_its_place(tmp_path: Path) -> None:
+    from pipeline.evaluation.jobs import public_job
+
+    row = {"sentence1": "a", "sentence2": "b", "score": 1.0}
+    roots = [
+        make_sts(tmp_path / name, "mteb/sts15-sts", row | {"score": score})
+        for name, score in (("a", 1.0), ("b", 1.0), ("c", 2.0))
+    ]
+    data = [public_job("STS15", None, "released", root, None).data for root in roots]
+    assert data[0] == data[1] != data[2] and str(tmp_path) not in data[0]
+    assert data[0] != public_job("STS15", None, "released", None, None).data
 
 
 def test_one_failing_task_does_not_end_the_others(
@@ -187,7 +312,7 @@ def test_bm25_ranks_and_only_ranks(tmp_path: Path, caplog: pytest.LogCaptureFixt
     [
         (["--task", "Nonsense"], "task Nonsense is neither a folder nor a task of mteb"),
         (["--task", "BUCC.v2"], "task BUCC.v2 is of mteb's type BitextMining; evaluated are Retrieval"),
-        (["--benchmark", "none"], "--benchmark none is unknown to mteb"),
+        (["--benchmark", "none"], "--benchmark none is not evaluated here; known are MTEB(eng, v1)"),
         ([], "nothing to score: name a --task or a --benchmark"),
         (["--task", "STS15", "--examples-root", "nowhere"], "nowhere/MTEB/STS15.json: no examples for task 'STS15'"),
     ],

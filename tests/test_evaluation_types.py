@@ -142,6 +142,8 @@ PAIR = {"sentence1": "a", "sentence2": "b"}
         ("sts", "test.jsonl", PAIR | {"score": "5"}, "test.jsonl:1: score='5' must be a number"),
         ("sts", "test.jsonl", {"sentence1": "a", "score": 5}, "test.jsonl:1 must have a text as sentence1 and as sent"),
         ("pair_classification", "test.jsonl", PAIR | {"label": 2}, "test.jsonl:1: label=2 must be 0 or 1"),
+        ("sts", "test.jsonl", PAIR | {"score": float("nan")}, "test.jsonl:1: score=nan must be a number"),
+        ("sts", "test.jsonl", PAIR | {"score": 5}, "test.jsonl: score is the same in all rows"),
         ("clustering", "test.jsonl", {"text": " ", "label": "x"}, "test.jsonl:1 must have a text as text"),
         ("clustering", "test.jsonl", {"text": "a", "label": None}, "test.jsonl:1: label=None must be a text or a num"),
         ("classification", "test.jsonl", {"text": "a", "label": "new"}, "has no text of 1 labels of test.jsonl: 'new'"),
@@ -174,5 +176,5 @@ def test_the_content_decides_the_digest(make: Callable[[str], Path]) -> None:
     digest = content_digest(load_task(folder))
     (folder / "examples.jsonl").unlink()
     assert content_digest(load_task(folder)) == digest, "prompts are no part of it"
-    write_lines(folder / "test.jsonl", [row | {"score": 1.0} for row in rows_of("sts")])
+    write_lines(folder / "test.jsonl", [row | {"score": 5 - row["score"]} for row in rows_of("sts")])
     assert content_digest(load_task(folder)) != digest

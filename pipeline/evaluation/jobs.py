@@ -10,24 +10,25 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from mteb.abstasks import AbsTask
 
 from pipeline.evaluation.baselines import can_score
+from pipeline.evaluation.memory import collect_notes
 from pipeline.evaluation.mteb_tasks import as_mteb, data_revision, public_task
 from pipeline.evaluation.novelty import mark_novelty
 from pipeline.evaluation.public import find_examples, find_instruction
 from pipeline.evaluation.runner import choose_examples, encoder_of, prompted, score_mteb
-from pipeline.evaluation.sides import is_normalized
+from pipeline.evaluation.sides import BARE, is_normalized
 from pipeline.evaluation.table import Score
 from pipeline.evaluation.tasks import LocalTask, content_digest
-from pipeline.files import locked, write_text
+from pipeline.files import safe_name, take_lock, write_text
 from pipeline.inference.embedder import Example, FewShotEmbedder
 
 PROTOCOL = 2  # raised whenever this project scores the same task in another way: older scores are not taken then
@@ -93,7 +94,8 @@ def public_job(
     task, kind = public_task(name, sides, data_root)
     instruction = find_instruction(name)
     if instruction is None:
-        instruction = task.metadata.prompt if isinstance(task.metadata.prompt, str) else task.abstask_prompt
+        given = task.metadata.prompt
+        instruction = (given.get("query") if isinstance(given, dict) else given) or task.abstask_prompt
         log.info("%s: the paper has no instruction; mteb's is taken: %s", name, instruction)
     return Job(
         task=name,
@@ -102,27 +104,32 @@ def public_job(
         instruction=instruction,
         examples=find_examples(name, examples_root / "MTEB")[:num_examples] if examples_root else (),
         sides=sides,
-        data=data_revision(task),
+        data=data_revision(task, data_root),
         make=lambda: public_task(name, sides, data_root)[0],
         some_query="",
         about=f"{kind}, mteb's",
     )
 
 
-def run_job(model: Model, job: Job, modes: Sequence[str], folder: Path) -> list[Score]:
+def run_job(model: Model, job: Job, modes: Sequence[str], folder: Path, wait: bool = False) -> list[Score] | None:
     """The job's scores, in each mode that applies to it; what is not there yet is computed and stored.
 
-    Raises:
-        ValueError: another process is at this job (`is_busy` tells beforehand).
+    Returns:
+        None where another process is at this job and this one is not to `wait` for it.
     """
-    scores = []
     if model.baseline is not None and not can_score(model.baseline, job.kind):
         log.info("%s: %s cannot score a task of type %s; left out", job.task, model.label, job.kind)
         return []
-    memory = folder / "embeddings" / digest(model.fingerprint, job.task, job.data, job.instruction, job.sides)
-    with locked(_lock(model, job, folder), f"task {job.task}: another process scores it in {folder}"):
+    # The lock's file outlives the work: removing it would let two processes hold one of the same name each.
+    name = f"{safe_name(job.task)}-{digest(model.fingerprint, job.data, job.sides)[:16]}"
+    (folder / "locks").mkdir(parents=True, exist_ok=True)
+    lock = take_lock(folder / "locks" / name, wait)
+    if lock is None:
+        return None
+    memory, scores = folder / "embeddings" / name, []
+    with lock:
         for mode in _modes(model, job, modes):
-            path = folder / f"{job.task}-{mode}-{_key(model, job, mode)[:16]}.json"
+            path = folder / f"{safe_name(job.task)}-{mode}-{_key(model, job, mode)[:16]}.json"
             if path.is_file():
                 record = _read(path)
                 log.info("%s %s: %.4f, as scored on %s (%s)", job.task, mode, record["value"], record["date"], path)
@@ -130,20 +137,22 @@ def run_job(model: Model, job: Job, modes: Sequence[str], folder: Path) -> list[
                 record = _score(model, job, mode, memory)
                 write_text(path, json.dumps(record, indent=1, ensure_ascii=False, default=float) + "\n")
             novelty = "" if model.datasets is None else mark_novelty(job.task, job.kind, model.datasets)
-            scores.append(Score(model.label, mode, job.task, job.metric, record["value"], job.kind, novelty, path.name))
+            scores.append(
+                Score(
+                    model=model.label,
+                    mode=mode,
+                    task=job.task,
+                    metric=job.metric,
+                    value=record["value"],
+                    kind=job.kind,
+                    novelty=novelty,
+                    sides=job.sides,
+                    fingerprint=model.fingerprint,
+                    details=path.name,
+                )
+            )
         shutil.rmtree(memory, ignore_errors=True)
     return scores
-
-
-def is_busy(model: Model, job: Job, folder: Path) -> bool:
-    """Whether another process is scoring this job."""
-    try:
-        with locked(_lock(model, job, folder), "busy"):
-            return False
-    except ValueError as error:
-        if str(error) != "busy":
-            raise
-        return True
 
 
 def _modes(model: Model, job: Job, modes: Sequence[str]) -> list[str]:
@@ -158,16 +167,23 @@ def _modes(model: Model, job: Job, modes: Sequence[str]) -> list[str]:
 def _score(model: Model, job: Job, mode: str, memory: Path) -> dict[str, Any]:
     started = time.monotonic()
     examples = job.examples if mode == "few_shot" else ()
+    scorer = model.baseline
+    first: list[str] = []  # text with a prompt
     with collect_notes() as notes:
-        if model.embedder is None:
-            scorer: Any = model.baseline
-        else:
+        if model.embedder is not None:
             encode = prompted(model.embedder, job.kind, job.instruction, examples, job.sides, memory)
-            scorer = encoder_of(encode, job.kind, job.sides)
+
+            def encode_noting(texts: list[str], carry: str) -> np.ndarray:
+                first.extend(texts[: carry != BARE and not first])
+                return encode(texts, carry)
+
+            scorer = encoder_of(encode_noting, job.kind, job.sides)
         value, scores = score_mteb(scorer, job.make())
     prompt = ""
-    if model.embedder is not None and job.some_query:
-        prompt = model.embedder.render(model.embedder.compose_queries([job.some_query], job.instruction, examples)[0])
+    if model.embedder is not None and first:
+        with collect_notes(quiet=True):  # counted above
+            (ids,) = model.embedder.compose_queries(first, job.instruction, examples)
+        prompt = model.embedder.render(ids)
     return {
         "value": value,
         "mode": mode,
@@ -194,32 +210,10 @@ def _read(path: Path) -> dict[str, Any]:
     return record
 
 
-@contextmanager
-def collect_notes(quiet: bool = False) -> Iterator[list[str]]:
-    """What the embedder logs meanwhile: each message once, with how often it came; `quiet` keeps it from the screen."""
-    counts: dict[str, int] = {}
-    notes: list[str] = []
-    handler = logging.Handler(logging.INFO)
-    handler.emit = lambda record: counts.update({record.getMessage(): counts.get(record.getMessage(), 0) + 1})  # type: ignore[method-assign]
-    logger = logging.getLogger("pipeline.inference")
-    logger.addHandler(handler)
-    spread, logger.propagate = logger.propagate, logger.propagate and not quiet
-    try:
-        yield notes
-    finally:
-        logger.propagate = spread
-        logger.removeHandler(handler)
-        notes += [text if count == 1 else f"{text} ({count} times)" for text, count in counts.items()]
-
-
 def _key(model: Model, job: Job, mode: str) -> str:
     examples = job.examples if mode == "few_shot" else ()
     decides = [model.fingerprint, job.task, job.data, job.metric, mode, job.sides, job.instruction, examples]
     return digest(*decides, version("mteb"), PROTOCOL)
-
-
-def _lock(model: Model, job: Job, folder: Path) -> Path:
-    return folder / "locks" / f"{job.task}-{digest(model.fingerprint, job.data, job.sides)[:16]}"
 
 
 def digest(*parts: Any) -> str:

@@ -1,13 +1,17 @@
 """The model that a command line names: a run, the base model of a recipe, or a published embedder."""
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pipeline.evaluation.novelty import find_unlisted
 from pipeline.settings import Settings, load_settings
 
 if TYPE_CHECKING:
     from pipeline.evaluation.jobs import Model
+
+log = logging.getLogger(__name__)
 
 
 def read_settings(run: Path | None, config: Path | None, overrides: Sequence[str]) -> Settings | None:
@@ -54,5 +58,7 @@ def load_model(
         embedder = load_base_embedder(settings, chunk_tokens)
         return Model(label or "before", fingerprint(embedder), embedder)
     embedder = load_embedder(path, chunk_tokens, template=template)
-    datasets = tuple(dataset.name for dataset in settings.data.datasets) if settings else None
+    datasets = tuple(dataset.name for dataset in settings.data.datasets) if settings else tuple(embedder.tasks) or None
+    if unlisted := find_unlisted(datasets or ()):
+        log.info("%s are not in tables/families.json: tasks may be newer to it than marked", ", ".join(unlisted))
     return Model(label or ("after" if run else Path(path).name), fingerprint(embedder), embedder, datasets=datasets)

@@ -1,5 +1,6 @@
 """Local folders and public tasks in the form that mteb evaluates."""
 
+import hashlib
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from mteb.types import PromptType
 
 from pipeline.evaluation.sides import EXAMPLES, KINDS, carried
 from pipeline.evaluation.tasks import LocalTask, RetrievalTask, mteb_metric
+from pipeline.files import file_sha256
 
 ENGLISH = ("MTEB(eng, v1)", "MTEB(eng, v2)")
 # mteb's names of the types.
@@ -65,13 +67,10 @@ def as_mteb(task: LocalTask, sides: str) -> AbsTask:
 
 
 def benchmark_tasks(name: str) -> list[str]:
-    """The names of a benchmark's tasks; ValueError where mteb has no such benchmark."""
-    try:
-        return [task.metadata.name for task in mteb.get_benchmark(name).tasks]
-    except KeyError as error:
-        raise ValueError(
-            f"--benchmark {name} is unknown to mteb {version('mteb')}; known are {', '.join(ENGLISH)}, ..."
-        ) from error
+    """The names of a benchmark's tasks; ValueError for one whose languages are not those that `public_task` takes."""
+    if name not in ENGLISH:
+        raise ValueError(f"--benchmark {name} is not evaluated here; known are {', '.join(ENGLISH)}")
+    return [task.metadata.name for task in mteb.get_benchmark(name).tasks]
 
 
 def public_task(name: str, sides: str, data_root: Path | None = None) -> tuple[AbsTask, str]:
@@ -102,10 +101,17 @@ def public_task(name: str, sides: str, data_root: Path | None = None) -> tuple[A
     return task, kind
 
 
-def data_revision(task: AbsTask) -> str:
-    """Name and revision of the data of a public task."""
-    parts = task.metadata.tasks if isinstance(task, AbsTaskAggregate) else [task]
-    return ", ".join(f"{p.metadata.dataset['path']}@{p.metadata.dataset.get('revision', '')}" for p in parts)
+def data_revision(task: AbsTask, data_root: Path | None) -> str:
+    """Name and revision of the data of a public task with its subsets and splits; of a local copy what is in it."""
+    found = []
+    for part in task.metadata.tasks if isinstance(task, AbsTaskAggregate) else [task]:
+        path, revision = part.metadata.dataset["path"], part.metadata.dataset.get("revision", "")
+        if data_root is not None and Path(path).is_dir():
+            files = sorted(file for file in Path(path).rglob("*") if file.is_file())
+            content = [(str(file.relative_to(path)), file_sha256(file)) for file in files]
+            path, revision = Path(path).relative_to(data_root), hashlib.sha256(repr(content).encode()).hexdigest()
+        found.append(f"{path}@{revision} {'+'.join(part.hf_subsets)} {'+'.join(part.eval_splits)}")
+    return ", ".join(found)
 
 
 def mark_sides(task: AbsTask, kind: str, sides: str) -> None:
@@ -121,11 +127,11 @@ def _make(kind: type[AbsTask], task: LocalTask, type_name: Any) -> AbsTask:
 
 
 def _retrieval_split(task: RetrievalTask) -> dict[str, Any]:
-    corpus = [{"id": i, "title": "", "text": text} for i, text in task.corpus.items()]
-    queries = [{"id": i, "text": text} for i, text in task.queries.items()]
+    untitled = [""] * len(task.corpus)
+    corpus = {"id": list(task.corpus), "title": untitled, "text": list(task.corpus.values())}
     return {
-        "corpus": Dataset.from_list(corpus),
-        "queries": Dataset.from_list(queries),
+        "corpus": Dataset.from_dict(corpus),
+        "queries": Dataset.from_dict({"id": list(task.queries), "text": list(task.queries.values())}),
         "relevant_docs": {i: dict(row) for i, row in task.relevant.items()},
         "top_ranked": task.candidates,
     }

@@ -1,6 +1,7 @@
 """scores.json (a list of scores) and report.md (what a person reads about a run)."""
 
 import json
+import logging
 import platform
 from collections.abc import Sequence
 from dataclasses import asdict, fields
@@ -8,9 +9,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from pipeline.evaluation.table import Score, markdown_table
-from pipeline.files import write_text
+from pipeline.files import take_lock, write_text
 from pipeline.settings import LossSettings, Settings
 
+log = logging.getLogger(__name__)
 PACKAGES = ("bge-icl-train", "torch", "transformers", "deepspeed", "peft", "mteb", "numpy")
 
 
@@ -25,11 +27,27 @@ def read_scores(path: Path) -> list[Score]:
 
 
 def add_scores(path: Path, new: Sequence[Score]) -> list[Score]:
-    """Add scores to a file; an entry for the same model, mode, task and metric is replaced. Returns all of them."""
-    names = {score.name for score in new}
-    scores = [score for score in read_scores(path) if score.name not in names] + list(new)
+    """Add scores to a file; an entry for the same model, mode, task and metric is replaced. Returns all of them.
+
+    Entries that have the label of a model, but are another model's (it was trained again, say), are taken out.
+    """
+    names, models = {score.name for score in new}, {score.model: score.fingerprint for score in new}
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, json.dumps([asdict(score) for score in scores], indent=1) + "\n")
+    lock = take_lock(path.with_name(f".{path.name}.lock"), wait=True)
+    assert lock is not None
+    with lock:
+        old = [score for score in read_scores(path) if score.name not in names]
+        kept = [score for score in old if models.get(score.model, score.fingerprint) == score.fingerprint]
+        if len(kept) < len(old):
+            labels = ", ".join(sorted({score.model for score in old} & models.keys()))
+            log.warning(
+                "%d older scores labelled %s are another model's and were taken out of %s; --label tells models apart",
+                len(old) - len(kept),
+                labels,
+                path,
+            )
+        scores = [*kept, *new]
+        write_text(path, json.dumps([asdict(score) for score in scores], indent=1) + "\n")
     return scores
 
 

@@ -3,12 +3,10 @@
 N texts, D width.
 """
 
-import hashlib
 import logging
+import math
 import warnings
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -18,10 +16,10 @@ from mteb.models import ModelMeta
 from mteb.models.abs_encoder import AbsEncoder
 from mteb.types import PromptType
 
+from pipeline.evaluation.memory import Memory, remembered
 from pipeline.evaluation.mteb_tasks import as_mteb
 from pipeline.evaluation.sides import BARE, EXAMPLES, INSTRUCTION, carried, is_normalized
 from pipeline.evaluation.tasks import LocalTask
-from pipeline.files import write_atomic
 from pipeline.inference.embedder import Example, FewShotEmbedder
 
 log = logging.getLogger(__name__)
@@ -39,10 +37,10 @@ def score_modes(
     """
     shots = {mode: choose_examples(task, num_examples) if mode == "few_shot" else () for mode in modes}
     scores = {}
-    with TemporaryDirectory() as memory:
-        for mode in modes:
-            encode = prompted(embedder, task.kind, task.instruction, shots[mode], sides, Path(memory))
-            scores[mode] = score_local(task, encode, sides)
+    memory: Memory = {}
+    for mode in modes:
+        encode = prompted(embedder, task.kind, task.instruction, shots[mode], sides, memory)
+        scores[mode] = score_local(task, encode, sides)
     return scores
 
 
@@ -59,13 +57,13 @@ def choose_examples(task: LocalTask, num_examples: int) -> tuple[Example, ...]:
 
 
 def prompted(
-    embedder: FewShotEmbedder, kind: str, instruction: str, examples: Sequence[Example], sides: str, memory: Path
+    embedder: FewShotEmbedder, kind: str, instruction: str, examples: Sequence[Example], sides: str, memory: Memory
 ) -> Encode:
     """The embedder with a task's instruction and examples as a function of texts and what they carry.
 
     Args:
-        memory: folder of blocks of embeddings without examples, which other modes share, and which a run that was cut
-            off does not make again. It serves one model and one task.
+        memory: of embeddings without examples, which other modes share, and which, in a folder, a run that was cut off
+            does not make again. It serves one model and one task.
     """
     normalize = is_normalized(sides, kind)
 
@@ -81,7 +79,7 @@ def prompted(
         if carry == EXAMPLES:
             found_ND = encode_all(distinct, carry)
         else:
-            found_ND = _remembered(memory, carry, distinct, lambda: encode_all(distinct, carry))
+            found_ND = remembered(memory, carry, distinct, lambda: encode_all(distinct, carry))
         number = {text: n for n, text in enumerate(distinct)}
         return found_ND[[number[text] for text in texts]]
 
@@ -97,17 +95,22 @@ def score_mteb(model: Any, task: AbsTask) -> tuple[float, Any]:
     """(main score 0..1, all of mteb's: split -> one record a language subset).
 
     Raises:
-        ValueError: mteb does not compute the metric that the task names.
+        ValueError: mteb does not compute the metric that the task names, or its score is not finite.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            result = evaluate(model, task, cache=None, co2_tracker=False, show_progress_bar=False).task_results[0]
+            results = evaluate(model, task, cache=None, co2_tracker=False, show_progress_bar=False).task_results
         except KeyError as error:
             if error.args != (task.metadata.main_score,):
                 raise
             raise ValueError(f"mteb has no metric {error} for tasks of type {task.metadata.type}") from error
-    return float(result.get_score()), result.scores
+    if not results:
+        raise ValueError(f"mteb gives no result for {task.metadata.name}: is its data private?")
+    score = float(results[0].get_score())
+    if not math.isfinite(score):
+        raise ValueError(f"the score of {task.metadata.name} is {score}: is every label or score of the task the same?")
+    return score, results[0].scores
 
 
 def encoder_of(encode: Encode, kind: str, sides: str) -> AbsEncoder:
@@ -129,22 +132,3 @@ class _Encoder(AbsEncoder):
         if not np.isfinite(embeddings_ND).all():
             raise ValueError("the model returns embeddings that are not finite; its weights are damaged")
         return embeddings_ND
-
-
-def _remembered(memory: Path, carry: str, texts: Sequence[str], encode: Callable[[], np.ndarray]) -> np.ndarray:
-    """A block of embeddings from the folder, or made and put there."""
-    digest = hashlib.sha256(carry.encode())
-    for text in texts:
-        digest.update(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest())
-    path = memory / f"{digest.hexdigest()}.npy"
-    if path.is_file():
-        return np.load(path)
-    block_ND = encode()
-    memory.mkdir(parents=True, exist_ok=True)
-
-    def save(temporary: Path) -> None:
-        with temporary.open("wb") as file:
-            np.save(file, block_ND)
-
-    write_atomic(path, save)
-    return block_ND

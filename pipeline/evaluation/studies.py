@@ -16,7 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.evaluation.jobs import PACKAGES, Model, collect_notes, digest
+from pipeline.evaluation.jobs import PACKAGES, PROTOCOL, Model, digest
+from pipeline.evaluation.memory import collect_notes
 from pipeline.evaluation.runner import Encode, prompted, score_local
 from pipeline.evaluation.sides import EXAMPLES, INSTRUCTION, is_normalized
 from pipeline.evaluation.study_arms import STUDIES, Arm, choose_each, pool_of
@@ -119,7 +120,7 @@ def key_of(model: Model, task: LocalTask, sides: str, arm: Arm) -> str:
         draw = arm.draw if arm.order == "random" else None
         chosen = [arm.by, arm.order, draw, arm.num_examples, pool_of(task)]
     decides = [model.fingerprint, task.name, content_digest(task), task.metric, sides, task.instruction, chosen]
-    return digest(*decides, version("mteb"))
+    return digest(*decides, version("mteb"), PROTOCOL)
 
 
 def read_records(out: Path, study: str) -> list[Record]:

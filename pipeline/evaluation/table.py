@@ -21,6 +21,8 @@ class Score:
     value: float
     kind: str = ""  # type of the task
     novelty: str = ""  # trained-on, same family or unseen, where it is known what the model was trained on
+    sides: str = ""  # which texts carried prompts
+    fingerprint: str = ""  # of the model's content
     details: str = ""  # file in evaluation/ that tells how the score came about
 
     @property
@@ -37,7 +39,7 @@ def score_rows(scores: Sequence[Score]) -> list[list[str]]:
     """
     tasks: list[Task] = list(dict.fromkeys((score.task, score.metric) for score in scores))
     columns = _columns(scores) | _paper_columns(tasks)
-    novelty = {(s.task, s.metric): s.novelty for s in scores if s.novelty}
+    novelty = _agreed_novelty(scores)
     kind = {(s.task, s.metric): s.kind for s in scores if s.kind}
     rows = [["task", "metric", *(["novelty"] if novelty else []), *columns]]
     for task in tasks:
@@ -78,8 +80,20 @@ def _columns(scores: Sequence[Score]) -> dict[str, dict[Task, float]]:
         columns |= {f"{model} {mode.replace('_', '-')}": found[mode] for mode in MODES if found[mode]}
         zero, few = (found[mode] for mode in MODES)
         if zero and few:
-            columns[f"{model} {DIFFERENCE}"] = {task: few[task] - zero[task] for task in few if task in zero}
+            sides = {s.name: s.sides for s in scores}
+            asked = {task: {sides.get((model, mode, *task)) for mode in MODES} for task in few if task in zero}
+            alike = [task for task, found in asked.items() if len(found) == 1]
+            columns[f"{model} {DIFFERENCE}"] = {task: few[task] - zero[task] for task in alike}
     return columns
+
+
+def _agreed_novelty(scores: Sequence[Score]) -> dict[Task, str]:
+    """Task -> its mark, where all models that have one have the same."""
+    marks: dict[Task, set[str]] = {}
+    for s in scores:
+        if s.novelty:
+            marks.setdefault((s.task, s.metric), set()).add(s.novelty)
+    return {task: next(iter(found)) for task, found in marks.items() if len(found) == 1}
 
 
 def _paper_columns(tasks: Sequence[Task]) -> dict[str, dict[Task, float]]:

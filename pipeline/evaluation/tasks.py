@@ -15,6 +15,7 @@ pair_classification  test.jsonl {"sentence1", "sentence2", "label": 0 or 1}
 
 import hashlib
 import json
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -144,11 +145,16 @@ def mteb_metric(task: LocalTask) -> str:
 
 def content_digest(task: LocalTask) -> str:
     """sha256 of everything that a score depends on but prompts: texts, labels, judgements."""
+    digest = hashlib.sha256(f"{task.kind} {task.metric}".encode())
     if isinstance(task, RetrievalTask):
-        content: Any = (task.corpus, task.queries, task.relevant, task.candidates)
+        parts: list[Any] = [task.corpus, task.queries, task.relevant, task.candidates or {}]
     else:
-        content = (task.test, task.train)
-    return hashlib.sha256(json.dumps((task.kind, task.metric, content)).encode()).hexdigest()
+        parts = [dict(enumerate(task.test)), dict(enumerate(task.train))]
+    for part in parts:
+        digest.update(f"\n{len(part)}".encode())
+        for key, value in part.items():  # piece by piece: a corpus may be as large as half of the memory
+            digest.update(f"\n{json.dumps([key, value])}".encode())
+    return digest.hexdigest()
 
 
 def _read_header(path: Path) -> dict[str, str]:
@@ -232,13 +238,15 @@ def _read_rows(path: Path, kind: str) -> tuple[dict[str, Any], ...]:
         rows.append({column: row[column] for column in texts} | {value: _value(place, kind, value, row.get(value))})
     if not rows:
         raise ValueError(f"{path} is empty")
+    if "sentence1" in texts and len({row[value] for row in rows}) == 1:
+        raise ValueError(f"{path}: {value} is the same in all rows, so that nothing can be scored")
     return tuple(rows)
 
 
 def _value(place: str, kind: str, name: str, given: Any) -> float | int | str:
     is_number = isinstance(given, (int, float)) and not isinstance(given, bool)
     if kind == "sts":
-        if not is_number:
+        if not is_number or not math.isfinite(given):
             raise ValueError(f"{place}: {name}={given!r} must be a number")
         return float(given)
     if kind == "pair_classification":
@@ -279,7 +287,8 @@ def _read_qrels(path: Path, queries: dict[str, str], corpus: dict[str, str]) -> 
         for identity, known, file in ((query, queries, "queries.jsonl"), (passage, corpus, "corpus.jsonl")):
             if identity not in known:
                 raise ValueError(f"{place} names {identity!r}, which {file} does not hold")
-        grades.setdefault(query, {})[passage] = grade
+        if grades.setdefault(query, {}).setdefault(passage, grade) != grade:
+            raise ValueError(f"{place}: {query!r} and {passage!r} were judged {grades[query][passage]} before")
     return {query: row for query, row in grades.items() if max(row.values()) > 0}
 
 

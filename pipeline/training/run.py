@@ -167,6 +167,9 @@ def load_tasks(evaluation: EvaluationSettings) -> tuple[LocalTask, ...]:
     if evaluation.every and importlib.util.find_spec("mteb") is None:
         raise ValueError("evaluation.tasks needs mteb, which is not installed; pip install bge-icl-train[eval]")
     tasks = tuple(load_task(folder) for folder in evaluation.tasks)
+    names = [task.name for task in tasks]
+    if len(set(names)) < len(names):
+        raise ValueError(f"evaluation.tasks: two tasks have one name in task.json: {', '.join(sorted(names))}")
     for task in tasks:
         if evaluation.num_examples > len(task.examples) > 0:
             raise ValueError(
