@@ -75,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse_arguments(argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
     logging.getLogger("pipeline").setLevel(logging.INFO)
-    logging.getLogger("bm25s").setLevel(logging.WARNING)  # else it tells of every index
+    logging.getLogger("bm25s").propagate = False  # it tells of every index, and sets its level on import
     try:
         if importlib.util.find_spec("mteb") is None:
             raise ValueError("mteb, which scores, is not installed; pip install bge-icl-train[eval]")
