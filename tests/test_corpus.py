@@ -133,6 +133,39 @@ def test_what_was_begun_otherwise_is_refused(embedder: FewShotEmbedder, tmp_path
         encode_corpus(embedder, TEXTS, out, block_texts=10)
 
 
+def test_marks_without_their_embeddings_are_refused(embedder: FewShotEmbedder, tmp_path: Path) -> None:
+    """A file that was removed or cut off must not come back with zeros in it."""
+    out = tmp_path / "c.npy"
+    partial = blocks_folder(out) / corpus.PARTIAL
+    lost = r"marks blocks as done whose embeddings are lost: .*; remove .*c.npy.blocks/"
+    encode_corpus(embedder, TEXTS, out, block_texts=10)
+    whole = out.read_bytes()
+    out.unlink()
+    for left in (None, 0, len(whole) - 1, len(whole) - 64 * 4 * 23, len(whole) - 64 * 4 * 3):
+        if left is not None:
+            partial.write_bytes(whole[:left])
+        with pytest.raises(ValueError, match=lost):
+            encode_corpus(embedder, TEXTS, out, block_texts=10)
+        assert not out.exists()
+    out.write_bytes(whole[:-1])
+    partial.unlink()
+    with pytest.raises(ValueError, match=lost):
+        encode_corpus(embedder, TEXTS, out, block_texts=10)
+    # Killed before it took its name, the whole file is taken as it is.
+    out.unlink()
+    partial.write_bytes(whole)
+    encode_corpus(embedder, TEXTS, out, block_texts=10)
+    assert out.read_bytes() == whole
+    # What lies between marks is encoded only where nothing before it or after it is lost.
+    out.unlink()
+    (blocks_folder(out) / "000001").unlink()
+    with pytest.raises(ValueError, match=lost):
+        encode_corpus(embedder, TEXTS, out, block_texts=10)
+    partial.write_bytes(whole[: len(whole) - 64 * 4 * 14])
+    with pytest.raises(ValueError, match=lost):
+        encode_corpus(embedder, TEXTS, out, block_texts=10)
+
+
 def test_what_cannot_be_encoded(embedder: FewShotEmbedder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match=r"texts\[12\]=None is not a text"):
         encode_corpus(embedder, [*TEXTS[:12], None], tmp_path / "c.npy", block_texts=10)  # type: ignore[list-item]
