@@ -88,6 +88,18 @@ def encode_corpus(
     return np.load(out, mmap_mode="r")
 
 
+def require_texts(out: Path, texts: Iterable[str]) -> None:
+    """Read all of `texts`; ValueError unless they are those whose embeddings the finished file `out` holds."""
+    work = blocks_folder(out)
+    record = json.loads((work / SETTINGS).read_text(encoding="utf-8"))
+    num_texts = 0
+    for number, block in enumerate(_blocks(texts, record["block_texts"])):
+        _require_digest(work / f"{number:06d}", _digest(block))
+        num_texts += len(block)
+    if num_texts != (held := len(np.load(out, mmap_mode="r"))):
+        raise ValueError(f"{out} holds {held} embeddings for {num_texts} texts; give the corpus that it was made from")
+
+
 def blocks_folder(out: Path) -> Path:
     """The folder of marks and locks beside a file of embeddings."""
     return out.with_name(f"{out.name}.blocks")
