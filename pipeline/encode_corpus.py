@@ -1,17 +1,19 @@
 """Embed a corpus of any size into one .npy file: `python pipeline/encode_corpus.py --model M --corpus C --out O`.
 
 The corpus is JSON lines in BEIR's form, {"_id", "title", "text"} (title and text are joined), or {"text"}. Embeddings
-go to OUT, in the order of the lines, and ids to OUT with the ending .ids.txt, one a line. With several processes (one a
-GPU) each takes the next block of texts that no other has. What was interrupted goes on when the command is given again,
-after the last whole block of each process; more machines can help by giving the same command on a shared file system.
+go to OUT, in the order of the lines, and at the end their ids, one a line, to OUT.ids.txt (c.npy.ids.txt beside c.npy).
+With several processes (one a GPU) each takes the next block of texts that no other has. What was interrupted goes on
+when the command is given again, after the last whole block of each process; more machines can help by giving the same
+command on a shared file system.
 """
 
 import argparse
 import logging
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import IO
 
 from tqdm import tqdm
 
@@ -28,18 +30,35 @@ EPILOG = """example:
 
 afterwards:
   corpus = numpy.load("corpus.npy", mmap_mode="r")          # [N, D], nothing is read yet
-  ids = open("corpus.ids.txt").read().splitlines()          # of its rows
+  ids = open("corpus.npy.ids.txt").read().splitlines()          # of its rows
 """
 
 
 def encode(args: argparse.Namespace, command: Sequence[str]) -> int:
-    """Write ids and embeddings; returns the exit code of the worst process where the work is not done."""
+    """Write embeddings and ids; returns the exit code of the worst process where the work is not done."""
     if not args.corpus.is_file():
         raise ValueError(f"--corpus {args.corpus}: no such file; it is a file of JSON lines")
-    num_texts = write_ids(args.corpus, args.out.with_suffix(".ids.txt"))
+    if args.worker:
+        encode_here(args, args.num_texts)
+        return 0
+    num_texts = sum(1 for _ in read_corpus(args.corpus))  # a bad line is found before the model is loaded
+    if not num_texts:
+        raise ValueError(f"--corpus {args.corpus} holds no texts")
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    if not args.out.exists():
+        ids_file(args.out).unlink(missing_ok=True)  # of embeddings that were removed
     processes = args.processes or max(1, len(visible_gpus()))
     if processes > 1:
-        return run_workers(args, command, processes, num_texts)
+        if code := run_workers(args, [*command, "--num-texts", str(num_texts)], processes, num_texts):
+            return code
+    else:
+        encode_here(args, num_texts)
+    write_ids(args.corpus, args.out)
+    return 0
+
+
+def encode_here(args: argparse.Namespace, num_texts: int) -> None:
+    """Write the embeddings, in this process."""
     # Loading these takes seconds; wrong arguments should not have to wait for it.
     import transformers
 
@@ -50,25 +69,31 @@ def encode(args: argparse.Namespace, command: Sequence[str]) -> int:
     transformers.utils.logging.disable_progress_bar()
     embedder = load_embedder(args.model, args.chunk_tokens, not args.worker, dim=args.dim, template=args.template)
     encode_corpus(embedder, CorpusTexts(args.corpus, num_texts), args.out, args.dtype, args.block_texts)
-    return 0
 
 
-def write_ids(corpus: Path, ids: Path) -> int:
-    """Write the ids of all lines, one a line, complete or not at all; returns how many. Reads every line."""
-    count = 0
+def ids_file(out: Path) -> Path:
+    """The file with the ids of a file of embeddings."""
+    return out.with_name(f"{out.name}.ids.txt")
+
+
+def write_ids(corpus: Path, out: Path) -> None:
+    """Write the ids of all lines, one a line, complete or not at all; ValueError where `out` is not of these texts."""
+    from pipeline.inference.corpus import require_texts
+
+    def texts(file: IO[str]) -> Iterator[str]:
+        for identity, text in read_corpus(corpus):
+            file.write(identity + "\n")
+            yield text
 
     def write(path: Path) -> None:
-        nonlocal count
         with path.open("w", encoding="utf-8") as file:
-            for identity, _ in read_corpus(corpus):
-                file.write(identity + "\n")
-                count += 1
+            try:
+                require_texts(out, texts(file))
+            except ValueError:
+                path.unlink()
+                raise
 
-    ids.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(ids, write)
-    if not count:
-        raise ValueError(f"--corpus {corpus} holds no texts")
-    return count
+    write_atomic(ids_file(out), write)
 
 
 def run_workers(args: argparse.Namespace, command: Sequence[str], processes: int, num_texts: int) -> int:
@@ -112,6 +137,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--chunk-tokens", type=int, help="tokens of one forward pass; default: by device")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--num-texts", type=int, help=argparse.SUPPRESS)  # for a worker: already counted
     return parser.parse_args(argv)
 
 

@@ -53,7 +53,8 @@ def train(run: Run) -> None:
     trainable = read_state(run.engine, moments=False)
 
     def write() -> None:
-        save_model(out / "model", run.encoder, trainable, run.tokenizer, run.settings, run.store)
+        base = run.fingerprints["model.name"]
+        save_model(out / "model", run.encoder, trainable, run.tokenizer, run.settings, run.store, base)
         plot_losses(out / "metrics.jsonl", out / "loss.png")
 
     by_first(write, ranks)

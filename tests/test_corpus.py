@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -133,6 +134,39 @@ def test_what_was_begun_otherwise_is_refused(embedder: FewShotEmbedder, tmp_path
         encode_corpus(embedder, TEXTS, out, block_texts=10)
 
 
+def test_marks_without_their_embeddings_are_refused(embedder: FewShotEmbedder, tmp_path: Path) -> None:
+    """A file that was removed or cut off must not come back with zeros in it."""
+    out = tmp_path / "c.npy"
+    partial = blocks_folder(out) / corpus.PARTIAL
+    lost = r"marks blocks as done whose embeddings are lost: .*; remove .*c.npy.blocks/"
+    encode_corpus(embedder, TEXTS, out, block_texts=10)
+    whole = out.read_bytes()
+    out.unlink()
+    for left in (None, 0, len(whole) - 1, len(whole) - 64 * 4 * 23, len(whole) - 64 * 4 * 3):
+        if left is not None:
+            partial.write_bytes(whole[:left])
+        with pytest.raises(ValueError, match=lost):
+            encode_corpus(embedder, TEXTS, out, block_texts=10)
+        assert not out.exists()
+    out.write_bytes(whole[:-1])
+    partial.unlink()
+    with pytest.raises(ValueError, match=lost):
+        encode_corpus(embedder, TEXTS, out, block_texts=10)
+    # Killed before it took its name, the whole file is taken as it is.
+    out.unlink()
+    partial.write_bytes(whole)
+    encode_corpus(embedder, TEXTS, out, block_texts=10)
+    assert out.read_bytes() == whole
+    # What lies between marks is encoded only where nothing before it or after it is lost.
+    out.unlink()
+    (blocks_folder(out) / "000001").unlink()
+    with pytest.raises(ValueError, match=lost):
+        encode_corpus(embedder, TEXTS, out, block_texts=10)
+    partial.write_bytes(whole[: len(whole) - 64 * 4 * 14])
+    with pytest.raises(ValueError, match=lost):
+        encode_corpus(embedder, TEXTS, out, block_texts=10)
+
+
 def test_what_cannot_be_encoded(embedder: FewShotEmbedder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match=r"texts\[12\]=None is not a text"):
         encode_corpus(embedder, [*TEXTS[:12], None], tmp_path / "c.npy", block_texts=10)  # type: ignore[list-item]
@@ -204,9 +238,56 @@ def test_a_killed_command_goes_on_with_two_processes(
     again = start(*arguments, "--processes", "2")
     output = again.communicate(timeout=300)[0]
     assert again.returncode == 0, output
-    assert (tmp_path / "c.ids.txt").read_text().splitlines() == [f"p{i}" for i in range(2000)]
+    assert (tmp_path / "c.npy.ids.txt").read_text().splitlines() == [f"p{i}" for i in range(2000)]
     whole = encode_corpus(load_embedder(trained[0], show_progress=False), texts, tmp_path / "w.npy", block_texts=10)
     assert whole.shape == (2000, 64) and out.read_bytes() == (tmp_path / "w.npy").read_bytes()
+
+
+def test_ids_stand_beside_the_embeddings_of_their_texts_only(
+    trained: tuple[Path, FewShotEmbedder],  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    first = write_lines(tmp_path / "a.jsonl", *({"_id": f"a{i}", "text": TEXTS[i]} for i in range(7)))
+    other = write_lines(tmp_path / "b.jsonl", *({"_id": f"b{i}", "text": TEXTS[-i - 1]} for i in range(7)))
+
+    def encode(lines: Path, name: str, *more: str) -> int:
+        out = str(tmp_path / "new" / name)
+        return command.main(
+            ["--model", str(trained[0]), "--corpus", str(lines), "--out", out, "--block-texts", "3", *more]
+        )
+
+    def ids(name: str) -> str | None:
+        path = tmp_path / "new" / f"{name}.ids.txt"
+        return path.read_text() if path.is_file() else None
+
+    of_first, of_other = ("".join(f"{x}{i}\n" for i in range(7)) for x in "ab")
+    assert encode(first, "emb.v1") == encode(other, "emb.v2") == 0
+    assert (ids("emb.v1"), ids("emb.v2")) == (of_first, of_other)
+    assert encode(other, "emb.v1") == 2 and "was encoded from other texts" in capsys.readouterr().err
+    assert ids("emb.v1") == of_first, "a corpus that is refused leaves the ids"
+
+    # Of a call that ends early there are no ids, and a worker writes none.
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        counting(patch, 1)
+        encode(first, "emb.v3")
+    assert encode(first, "emb.v3", "--worker", "--num-texts", "7") == 0
+    assert (tmp_path / "new" / "emb.v3").is_file() and ids("emb.v3") is None
+    assert encode(first, "emb.v3") == 0 and ids("emb.v3") == of_first
+
+    # Ids of embeddings that were removed go before others can take their place.
+    (tmp_path / "new" / "emb.v3").unlink()
+    shutil.rmtree(blocks_folder(tmp_path / "new" / "emb.v3"))
+    assert encode(other, "emb.v3", "--model", str(tmp_path / "none")) == 2 and ids("emb.v3") is None
+
+    # A corpus that changed after it was encoded.
+    before = sorted(path.name for path in (tmp_path / "new").iterdir())
+    for number, changed in ((7, [*TEXTS[:6], "other"]), (6, TEXTS[:6]), (8, TEXTS[:8])):
+        write_lines(first, *({"_id": f"c{i}", "text": text} for i, text in enumerate(changed)))
+        with pytest.raises(ValueError, match=f"from other texts|7 embeddings for {number} texts"):
+            command.write_ids(first, tmp_path / "new" / "emb.v1")
+    assert ids("emb.v1") == of_first and before == sorted(path.name for path in (tmp_path / "new").iterdir())
 
 
 def test_errors_of_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,6 +8,7 @@ import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from tiny_run import WORDS, make_tiny_model
 from pipeline.inference.description import read_description
 from pipeline.inference.embedder import FewShotEmbedder, load_base_embedder, load_embedder
 from pipeline.inference.saving import save_model
+from pipeline.model.base import fingerprint_base
 from pipeline.model.encoder import add_lora, load_encoder, trainable_parameters
 from pipeline.prompts import get_template, render_passage, render_query
 from pipeline.settings import LoraSettings, Settings, load_settings
@@ -249,8 +251,9 @@ def trained(base: Path, tmp_path: Path) -> tuple[Path, FewShotEmbedder]:
         parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
     encoder.eval()
     weights = {name: {"weight": p.detach().clone()} for name, p in trainable_parameters(encoder).items()}
-    store = SimpleNamespace(datasets=())
-    save_model(tmp_path / "run/model", encoder, weights, embedder.tokenizer, settings, store)  # type: ignore[arg-type]
+    store: Any = SimpleNamespace(datasets=())
+    of_base = fingerprint_base(settings.model.name)
+    save_model(tmp_path / "run/model", encoder, weights, embedder.tokenizer, settings, store, of_base)
     return tmp_path / "run", dataclasses.replace(embedder, encoder=encoder)
 
 

@@ -3,17 +3,23 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
-from test_embedder import EXAMPLES, INSTRUCTION, QUERIES, base, base_embedder, change_json, trained  # noqa: F401
+from test_embedder import EXAMPLES, INSTRUCTION, QUERIES, base, base_embedder, change_json, settings_of, trained  # noqa: F401
 from test_export import export, run  # noqa: F401
 from transformers import AutoConfig, AutoModel, AutoTokenizer, LlamaForCausalLM
 
 from pipeline.inference.embedder import FewShotEmbedder, load_embedder
 from pipeline.inference.fingerprint import fingerprint
+from pipeline.inference.saving import save_model
+from pipeline.model.base import fingerprint_base, weight_files
+from pipeline.model.encoder import trainable_parameters
 from pipeline.prompts import get_template, render_query
 
 MARKERS = ["<instruct>", "<query>", "<response>"]
@@ -194,6 +200,97 @@ def test_an_adapter_of_another_base_is_refused(
     save_file(adapter | deeper, model / "adapter_model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match=r"adapts what its base model has not: .*layers.2.* \(14 in all\)"):
         load(model)
+
+
+FORMS = {
+    "model.safetensors": ["model.safetensors"],
+    "model.safetensors.index.json": ["model-1.safetensors", "model-2.safetensors"],
+    "pytorch_model.bin": ["pytorch_model.bin"],
+    "pytorch_model.bin.index.json": ["pytorch_model-1.bin", "pytorch_model-2.bin"],
+}
+
+
+def write_weights(folder: Path, form: str) -> None:
+    """Files of weights, and their index if they have one; their bytes are those of their names."""
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text("{}")
+    for file in FORMS[form]:
+        (folder / file).write_text(file)
+    if form.endswith(".json"):
+        (folder / form).write_text(json.dumps({"weight_map": {f"layer {file}": file for file in FORMS[form]}}))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_fingerprint_of_a_base_is_of_the_files_that_are_loaded(form: str, tmp_path: Path) -> None:
+    folder = tmp_path / "base"
+    write_weights(folder, form)
+    before = fingerprint_base(str(folder))
+    write_weights(folder, list(FORMS)[-1])  # the last in the order in which transformers looks for them
+    for extra in ("consolidated.safetensors", "model.fp16.safetensors", "pytorch_model.old.bin", "optimizer.bin"):
+        (folder / extra).write_text("other weights, or the same in another form")
+    assert [file.name for file in weight_files(folder)] == FORMS[form]
+    assert fingerprint_base(str(folder)) == before
+    for file in FORMS[form]:
+        (folder / file).write_text(file.upper())
+        assert fingerprint_base(str(folder)) != before
+        (folder / file).write_text(file)
+    if form.endswith(".json"):
+        (folder / FORMS[form][1]).unlink()
+        with pytest.raises(ValueError, match=f"lacks 1 files that {form} names .{FORMS[form][1]}.; fetch them"):
+            fingerprint_base(str(folder))
+        (folder / form).write_text("[]")
+        with pytest.raises(ValueError, match=f"{form} is damaged"):
+            fingerprint_base(str(folder))
+
+
+def test_the_files_are_those_that_transformers_loads(base: Path, tmp_path: Path) -> None:  # noqa: F811
+    """Of one folder with weights in two files, in one, and in one of another name."""
+    model = AutoModel.from_pretrained(base / "model")
+    model.save_pretrained(tmp_path, max_shard_size="100KB")
+    assert len(weight_files(tmp_path)) > 1
+    torch.nn.init.constant_(model.norm.weight, 3.0)
+    model.save_pretrained(tmp_path / "other")
+    shutil.copy(tmp_path / "other/model.safetensors", tmp_path / "consolidated.safetensors")
+    for loaded in (1.0, 3.0):
+        assert AutoModel.from_pretrained(tmp_path).norm.weight[0] == loaded
+        stored = {name: weight for file in weight_files(tmp_path) for name, weight in load_file(file).items()}
+        assert stored["norm.weight"][0] == loaded
+        shutil.copy(tmp_path / "other/model.safetensors", tmp_path)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_base_of_the_hub_is_its_files_in_the_cache(
+    form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a whole copy of the repository, and as transformers fetches it."""
+    repository, cache = tmp_path / "repository", tmp_path / "cache"
+    write_weights(repository, form)
+    (repository / "consolidated.safetensors").write_text("the same weights in another form")
+
+    def fetch(name: str, allow_patterns: list[str], ignore_patterns: str) -> str:
+        cache.mkdir(exist_ok=True)
+        names = [path.name for path in repository.iterdir()]
+        for file in filter_repo_objects(names, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns):
+            shutil.copy(repository / file, cache / file)
+        return str(cache)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
+    assert fingerprint_base("some/base") == fingerprint_base(str(repository))
+    fetched = {path.name for path in cache.iterdir()}
+    assert fetched == {"config.json", *FORMS[form], *([form] if form.endswith(".json") else [])}
+
+
+def test_an_adapter_keeps_the_fingerprint_of_the_base_it_was_trained_on(
+    base: Path,  # noqa: F811
+    trained: tuple[Path, FewShotEmbedder],  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    """Given by training's start; the base may have changed on the hub since."""
+    saved, store = trained[1], cast(Any, SimpleNamespace(datasets=()))
+    weights = {name: {"weight": p.detach()} for name, p in trainable_parameters(saved.encoder).items()}
+    save_model(tmp_path / "model", saved.encoder, weights, saved.tokenizer, settings_of(base), store, "of the start")
+    with pytest.raises(ValueError, match="was trained on other weights than those of"):
+        load(tmp_path / "model")
 
 
 def test_a_run_without_its_embedder_json_names_what_is_missing(run: Path) -> None:  # noqa: F811

@@ -118,7 +118,7 @@ def embedder(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     add_lora(encoder, settings.model.lora)
     weights = {name: {"weight": p.detach() + 0.1} for name, p in trainable_parameters(encoder).items()}
     run = tmp_path_factory.mktemp("run")
-    save_model(run / "model", encoder, weights, base.tokenizer, settings, SimpleNamespace(datasets=()))
+    save_model(run / "model", encoder, weights, base.tokenizer, settings, SimpleNamespace(datasets=()), "")
     return run
 
 

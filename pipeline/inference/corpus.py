@@ -12,6 +12,7 @@ may run on several machines, over a file system that has locks.
 N texts, D width.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import io
@@ -56,8 +57,8 @@ def encode_corpus(
         The memory-mapped embeddings [N, D] of `dtype`, L2-normalised, in the order of `texts`.
 
     Raises:
-        ValueError: what was begun there is of other texts, another model or type; a text that is none; embeddings that
-            are not finite.
+        ValueError: what was begun there is of other texts, another model or type, or has lost its embeddings; a text
+            that is none; embeddings that are not finite.
     """
     if block_texts < 1 or dtype not in ("float32", "float16"):
         raise ValueError(f"block_texts={block_texts} must be 1 or more, dtype={dtype!r} float32 or float16")
@@ -87,6 +88,18 @@ def encode_corpus(
     return np.load(out, mmap_mode="r")
 
 
+def require_texts(out: Path, texts: Iterable[str]) -> None:
+    """Read all of `texts`; ValueError unless they are those whose embeddings the finished file `out` holds."""
+    work = blocks_folder(out)
+    record = json.loads((work / SETTINGS).read_text(encoding="utf-8"))
+    num_texts = 0
+    for number, block in enumerate(_blocks(texts, record["block_texts"])):
+        _require_digest(work / f"{number:06d}", _digest(block))
+        num_texts += len(block)
+    if num_texts != (held := len(np.load(out, mmap_mode="r"))):
+        raise ValueError(f"{out} holds {held} embeddings for {num_texts} texts; give the corpus that it was made from")
+
+
 def blocks_folder(out: Path) -> Path:
     """The folder of marks and locks beside a file of embeddings."""
     return out.with_name(f"{out.name}.blocks")
@@ -110,7 +123,9 @@ def _open_folder(out: Path, work: Path, record: dict[str, Any]) -> None:
         if not (work / SETTINGS).is_file():
             write_text(work / SETTINGS, json.dumps(record, indent=1) + "\n")
         found = json.loads((work / SETTINGS).read_text(encoding="utf-8"))
-        if not out.exists():
+        if not out.exists() and not (work / PARTIAL).exists():
+            if any(_read_mark(path) for path in work.glob("[0-9]*")):
+                _require_rows(out, work, 1)
             (work / PARTIAL).touch()
     differing = [name for name in record if found.get(name) != record[name]]
     if odd := [f"{name} {found.get(name)!r} there, {record[name]!r} now" for name in differing]:
@@ -124,7 +139,10 @@ def _fill_block(
     work = blocks_folder(out)
     path = work / f"{number:06d}"
     _require_digest(path, digest)
-    if _read_mark(path) or (mark := take_lock(path)) is None:
+    first_byte = len(_header(0, record)) + number * record["block_texts"] * _row_bytes(record)
+    if _read_mark(path):
+        return _require_rows(out, work, first_byte + len(block) * _row_bytes(record))
+    if (mark := take_lock(path)) is None:
         return
     with mark:
         if _read_mark(path):  # done between the look and the lock
@@ -136,8 +154,7 @@ def _fill_block(
             raise ValueError(f"block {number} of {out}: embeddings are not finite; the model's weights are damaged")
         rows_ND = rows_ND.astype(record["dtype"])
         with (work / PARTIAL).open("r+b") as file:
-            first_byte = number * record["block_texts"] * record["width"] * rows_ND.itemsize
-            file.seek(len(_header(0, record)) + first_byte)
+            file.seek(first_byte)
             file.write(rows_ND.tobytes())
             file.flush()
             os.fsync(file.fileno())
@@ -146,6 +163,20 @@ def _fill_block(
         mark.flush()
         os.fsync(mark.fileno())
     sync(work)
+
+
+def _require_rows(out: Path, work: Path, end: int) -> None:
+    """ValueError where the file of embeddings has fewer than `end` bytes, all of which the marks say are in it."""
+    size = 0
+    for path in (work / PARTIAL, out):  # in this order: another process may rename the first to the second meanwhile
+        # Opened, not only looked at: a file system over a network then asks for the size anew.
+        with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+    if size < end:
+        raise ValueError(
+            f"{work}/ marks blocks as done whose embeddings are lost: neither {out.name} nor {PARTIAL} holds them; "
+            f"remove {work}/ (and {out.name}, if it is there) to encode the corpus anew"
+        )
 
 
 def _wait_for_others(work: Path, digests: Sequence[str]) -> list[int]:
@@ -176,7 +207,7 @@ def _finish(out: Path, work: Path, num_blocks: int, num_texts: int, record: dict
         header = _header(num_texts, record)
         with (work / PARTIAL).open("r+b") as file:
             file.write(header)
-            file.truncate(len(header) + num_texts * record["width"] * np.dtype(record["dtype"]).itemsize)
+            file.truncate(len(header) + num_texts * _row_bytes(record))
             file.flush()
             os.fsync(file.fileno())
         os.replace(work / PARTIAL, out)
@@ -190,6 +221,11 @@ def _header(num_texts: int, record: dict[str, Any]) -> bytes:
     form = {"descr": np.dtype(record["dtype"]).str, "fortran_order": False, "shape": (num_texts, record["width"])}
     np.lib.format.write_array_header_1_0(buffer, form)
     return buffer.getvalue()
+
+
+def _row_bytes(record: dict[str, Any]) -> int:
+    """Bytes of one embedding."""
+    return int(record["width"]) * np.dtype(record["dtype"]).itemsize
 
 
 def _blocks(texts: Iterable[str], block_texts: int) -> Iterator[list[str]]:

@@ -27,7 +27,6 @@ from pipeline.data.tokenizing import PromptTokenizer
 from pipeline.datatypes import RULES
 from pipeline.files import sync
 from pipeline.inference.description import DESCRIPTION_FILE
-from pipeline.model.base import fingerprint_base
 from pipeline.model.encoder import MARKERS_FILE, Encoder
 from pipeline.settings import Settings
 
@@ -44,8 +43,14 @@ def save_model(
     tokenizer: PromptTokenizer,
     settings: Settings,
     store: TokenStore,
+    base_fingerprint: str,
 ) -> None:
-    """Write `folder` (replacing it) from whole fp32 weights, as `read_state` gives them."""
+    """Write `folder` (replacing it) from whole fp32 weights, as `read_state` gives them.
+
+    Args:
+        base_fingerprint: of the base model when it was loaded (`fingerprint_base`); what its name stands for on the hub
+            may have changed since.
+    """
     partial = folder.with_name(f".partial-{folder.name}")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -69,7 +74,7 @@ def save_model(
     for value in markers.values():
         save_file({"marker_rows": value}, partial / MARKERS_FILE)
     tokenizer.tokenizer.save_pretrained(str(partial))
-    _write_json(partial / DESCRIPTION_FILE, _description(tokenizer, settings, store))
+    _write_json(partial / DESCRIPTION_FILE, _description(tokenizer, settings, store, base_fingerprint))
     examples = {table.name: _examples(store, table) for table in store.datasets}
     _write_json(partial / "examples.json", examples)
     for path in (*partial.iterdir(), partial):
@@ -84,12 +89,14 @@ def save_model(
     shutil.rmtree(replaced, ignore_errors=True)
 
 
-def _description(tokenizer: PromptTokenizer, settings: Settings, store: TokenStore) -> dict[str, Any]:
+def _description(
+    tokenizer: PromptTokenizer, settings: Settings, store: TokenStore, base_fingerprint: str
+) -> dict[str, Any]:
     """What an embedder must know besides weights, in the form that `read_description` reads."""
     model = settings.model
     return {
         "base_model": model.name,
-        "base_fingerprint": fingerprint_base(model.name) if model.trained == "lora" else "",
+        "base_fingerprint": base_fingerprint if model.trained == "lora" else "",
         "trained": model.trained,
         "num_layers": model.num_layers,
         "attention": model.attention,

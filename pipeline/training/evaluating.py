@@ -74,7 +74,8 @@ def evaluate(run: Run, state: TrainState) -> float:
     if best:
         mark(run.watch, "writing the best model")
         trainable, folder = read_state(run.engine, moments=False), run.out / "best_model"
-        by_first(lambda: save_model(folder, run.encoder, trainable, run.tokenizer, settings, run.store), ranks)
+        base = run.fingerprints["model.name"]
+        by_first(lambda: save_model(folder, run.encoder, trainable, run.tokenizer, settings, run.store, base), ranks)
     # The line comes last: what it says is there.
     by_first(lambda: record_scores(run.out, state.step, scores, best), ranks)
     return time.perf_counter() - started
