@@ -86,6 +86,9 @@ def test_a_task_without_examples(folder: Path) -> None:
             "unknown metric 'f1' of type sts",
         ),
         ("task.json", '{"type": "retrieval", "name": "a"}', "instruction=None must be a text"),
+        ("task.json", '{"type": ["retrieval"], "name": "a"}', "type=['retrieval'] cannot be evaluated"),
+        ("task.json", '{"type": "retrieval", "name": "a", "metric": "ndcg_at_7"}', "unknown metric 'ndcg_at_7'"),
+        ("queries.jsonl", '{"_id": "q0", "text": "\\ud83d"}\n', "queries.jsonl:1 holds half a character"),
         ("corpus.jsonl", None, "corpus.jsonl is missing"),
         ("queries.jsonl", None, "queries.jsonl is missing"),
         ("qrels/test.tsv", None, "qrels/test.tsv is missing"),
@@ -241,6 +244,13 @@ def test_scores_are_added_and_replaced(tmp_path: Path) -> None:
     assert found == [("before", "few_shot", 0.25), ("before", "zero_shot", 0.5), ("after", "zero_shot", 0.25)]
     keys = ["model", "mode", "task", "metric", "value", "kind", "novelty", "sides", "fingerprint", "details"]
     assert list(json.loads(path.read_text())[0]) == keys
+
+
+def test_scores_from_before_fingerprints_are_kept(tmp_path: Path) -> None:
+    add_scores(tmp_path / "scores.json", [BEFORE])
+    new = replace(BEFORE, task="other", fingerprint="f")
+    assert add_scores(tmp_path / "scores.json", [new]) == [BEFORE, new]
+    assert add_scores(tmp_path / "scores.json", [replace(new, fingerprint="g")])[1:] == [replace(new, fingerprint="g")]
 
 
 def test_a_damaged_scores_file(tmp_path: Path) -> None:

@@ -88,6 +88,15 @@ def test_other_errors_pass_through(base: Path) -> None:  # noqa: F811
     assert len(embedder.encoder.passes) == 1
 
 
+def test_embeddings_that_are_not_finite_are_counted() -> None:
+    def forward(chunk: PackedChunk) -> torch.Tensor:
+        return torch.tensor([[float("nan") if length == 3 else 1.0] for length in np.diff(chunk.cu_seqlens)])
+
+    ids = [np.arange(length) for length in (3, 2, 3)]
+    with pytest.raises(ValueError, match="2 of 3 embeddings are not finite: the model's weights are damaged"):
+        encode_sequences(ids, forward, 100)
+
+
 def test_ranks_do_not_halve() -> None:
     """They would make unequal numbers of passes, and wait for each other forever."""
 

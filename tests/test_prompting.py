@@ -135,6 +135,8 @@ def test_what_is_no_text_is_named(embedder: FewShotEmbedder, bad: object) -> Non
     for example in (bad, ("a", bad), ("a",), ("a", ""), (" ", "b"), "ab"):
         with pytest.raises(ValueError, match=r"examples\[1\]=.* must be a query and a response, neither of them empty"):
             embedder.encode_queries(["a"], INSTRUCTION, [("a", "b"), example])  # type: ignore[list-item]
+    with pytest.raises(ValueError, match="passages is a generator; give a list of texts"):
+        embedder.encode_passages(text for text in ("a", "b"))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="queries='river' is one text; give a list"):
         embedder.encode_queries("river", INSTRUCTION)
 

@@ -135,7 +135,7 @@ def run_job(model: Model, job: Job, modes: Sequence[str], folder: Path, wait: bo
                 log.info("%s %s: %.4f, as scored on %s (%s)", job.task, mode, record["value"], record["date"], path)
             else:
                 record = _score(model, job, mode, memory)
-                write_text(path, json.dumps(record, indent=1, ensure_ascii=False, default=float) + "\n")
+                write_text(path, json.dumps(record, indent=1, default=float) + "\n")
             novelty = "" if model.datasets is None else mark_novelty(job.task, job.kind, model.datasets)
             scores.append(
                 Score(

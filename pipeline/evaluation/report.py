@@ -37,7 +37,10 @@ def add_scores(path: Path, new: Sequence[Score]) -> list[Score]:
     assert lock is not None
     with lock:
         old = [score for score in read_scores(path) if score.name not in names]
-        kept = [score for score in old if models.get(score.model, score.fingerprint) == score.fingerprint]
+        # Files from before fingerprints have none: whose they are is not known.
+        kept = [
+            score for score in old if models.get(score.model, "") in ("", score.fingerprint) or not score.fingerprint
+        ]
         if len(kept) < len(old):
             labels = ", ".join(sorted({score.model for score in old} & models.keys()))
             log.warning(

@@ -49,9 +49,9 @@ def score_rows(scores: Sequence[Score]) -> list[list[str]]:
     for mark in (novelty, kind):
         groups |= {group: [task for task in tasks if mark.get(task) == group] for group in sorted(set(mark.values()))}
     for group, members in groups.items():
-        if len(tasks) > 1 and (group == "all" or 1 < len(members) < len(tasks)):
-            title = [f"mean of {len(members)}: {group}", "", *([""] if novelty else [])]
-            rows.append([*title, *(_mean(name, column, members) for name, column in columns.items())])
+        means = [_mean(name, column, members) for name, column in columns.items()]
+        if len(tasks) > 1 and any(means) and (group == "all" or 1 < len(members) < len(tasks)):
+            rows.append([f"mean of {len(members)}: {group}", "", *([""] if novelty else []), *means])
     return rows
 
 

@@ -17,6 +17,7 @@ import hashlib
 import json
 import math
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from typing import Any
 from pipeline.files import read_json_lines, read_judgements
 
 QRELS = "qrels/test.tsv"
-RANKED = r"(ndcg|map|mrr|recall|precision|hit_rate)_at_\d+"  # as mteb names them
+RANKED = r"(ndcg|map|mrr|recall|precision|hit_rate)_at_(1|3|5|10|20|100|1000)"  # as mteb names them
 # Metrics by type, the first one the default: (pattern of task.json, what each alias is called by mteb).
 METRICS: dict[str, tuple[str, str, dict[str, str]]] = {
     "retrieval": ("ndcg_at_10", RANKED, {}),
@@ -165,7 +166,7 @@ def _read_header(path: Path) -> dict[str, str]:
     if not isinstance(header, dict):
         raise ValueError(f"{path} must hold one JSON object")
     kind = header.get("type")
-    if kind not in METRICS:
+    if not isinstance(kind, str) or kind not in METRICS:
         raise ValueError(f"{path}: type={kind!r} cannot be evaluated; known: {', '.join(METRICS)}")
     default, pattern, _ = METRICS[kind]
     header.setdefault("metric", default)
@@ -203,7 +204,7 @@ def _read_reranking(path: Path, header: dict[str, str], examples: tuple[tuple[st
     relevant: dict[str, dict[str, int]] = {}
     candidates: dict[str, list[str]] = {}
     left_out = 0
-    for number, (place, row) in enumerate(read_json_lines(path)):
+    for number, (place, row) in enumerate(_lines(path)):
         query, positive, negative = row.get("query"), row.get("positive"), row.get("negative")
         if not _is_text(query) or not all(isinstance(x, list) and all(map(_is_text, x)) for x in (positive, negative)):
             raise ValueError(f"{place} must have a query and lists of texts, positive and negative: {str(row)[:80]}")
@@ -232,7 +233,7 @@ def _read_rows(path: Path, kind: str) -> tuple[dict[str, Any], ...]:
     """The rows of a file with the columns of its kind; other columns are passed over."""
     *texts, value = COLUMNS[kind]
     rows = []
-    for place, row in read_json_lines(path):
+    for place, row in _lines(path):
         if not all(_is_text(row.get(column)) for column in texts):
             raise ValueError(f"{place} must have a text as {' and as '.join(texts)}, got {str(row)[:80]}")
         rows.append({column: row[column] for column in texts} | {value: _value(place, kind, value, row.get(value))})
@@ -258,6 +259,16 @@ def _value(place: str, kind: str, name: str, given: Any) -> float | int | str:
     return str(given)
 
 
+def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(`file:line`, object) of every line; ValueError for half a character, which no table of texts can hold."""
+    for place, row in read_json_lines(path):
+        try:
+            json.dumps(row, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"{place} holds half a character (a lone surrogate): {error}") from error
+        yield place, row
+
+
 def _is_text(value: Any) -> bool:
     return isinstance(value, str) and bool(value.strip())
 
@@ -265,7 +276,7 @@ def _is_text(value: Any) -> bool:
 def _read_texts(path: Path, may_be_empty: bool) -> list[tuple[str, str, str]]:
     """(id, title, text) of every line; ids must be distinct."""
     rows, seen = [], set()
-    for place, row in read_json_lines(path):
+    for place, row in _lines(path):
         identity, title, text = row.get("_id"), row.get("title") or "", row.get("text")
         if not isinstance(identity, (str, int)) or not isinstance(title, str) or not isinstance(text, str):
             raise ValueError(f"{place} must have an _id and a text, got {str(row)[:80]}")
@@ -295,7 +306,7 @@ def _read_qrels(path: Path, queries: dict[str, str], corpus: dict[str, str]) -> 
 def _read_examples(path: Path) -> tuple[tuple[str, str], ...]:
     """The task's examples in file order; none where the file is missing."""
     examples = []
-    for place, row in read_json_lines(path) if path.is_file() else ():
+    for place, row in _lines(path) if path.is_file() else ():
         query, response = row.get("query"), row.get("response")
         if not isinstance(query, str) or not isinstance(response, str) or not query.strip() or not response.strip():
             raise ValueError(f"{place} must have a query and a response, got {str(row)[:80]}")

@@ -95,8 +95,8 @@ class FewShotEmbedder:
     def encode_queries_each(
         self,
         texts: Sequence[str],
-        instruction: str | None,
-        examples_of: Sequence[Sequence[Example]],
+        instruction: str | None = None,
+        examples_of: Sequence[Sequence[Example]] = (),
         *,
         task: str | None = None,
         normalize: bool = True,

@@ -39,7 +39,7 @@ def encode_sequences(
         float32 [N, D] in the order of `ids`.
 
     Raises:
-        ValueError: a single sequence does not fit in memory.
+        ValueError: a single sequence does not fit in memory, or an embedding is not finite.
     """
     order = sorted(range(len(ids)), key=lambda s: (-len(ids[s]), s))
     chunks = make_chunks(order, [len(i) for i in ids], chunk_tokens)
@@ -60,6 +60,8 @@ def encode_sequences(
         torch.distributed.all_gather_object(everyone, found)
         found = {number: rows for part in everyone for number, rows in part.items()}
     sorted_ND = np.concatenate([found[number] for number in range(len(chunks))])
+    if num_bad := int((~np.isfinite(sorted_ND).all(axis=1)).sum()):
+        raise ValueError(f"{num_bad} of {len(ids)} embeddings are not finite: the model's weights are damaged")
     embeddings_ND = np.empty_like(sorted_ND)
     embeddings_ND[order] = sorted_ND
     return embeddings_ND

@@ -87,6 +87,8 @@ def check_texts(texts: Sequence[str], what: str) -> list[str]:
     """
     if isinstance(texts, str):
         raise ValueError(f"{what}={texts[:40]!r} is one text; give a list of texts")
+    if not isinstance(texts, Sequence):  # a generator would be empty at the second look
+        raise ValueError(f"{what} is a {type(texts).__name__}; give a list of texts")
     for i, text in enumerate(texts):
         if not isinstance(text, str):
             raise ValueError(f"{what}[{i}]={text!r:.40} is not a text; remove it or make it a string")
