@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -39,15 +40,15 @@ class Killed(BaseException):
 def counting(monkeypatch: pytest.MonkeyPatch, most: int = 10**9) -> list[int]:
     """The number of texts of each block that is encoded, as a list; the process ends at block number `most`."""
     passes: list[int] = []
-    encode = FewShotEmbedder.encode_passages
+    encode = FewShotEmbedder.encode_counted
 
-    def counted(self: FewShotEmbedder, texts: list[str], **options: Any) -> np.ndarray:
+    def counted(self: FewShotEmbedder, texts: list[str], **options: Any) -> tuple[np.ndarray, Counter[str]]:
         if len(passes) == most:
             raise Killed
         passes.append(len(texts))
         return encode(self, texts, **options)
 
-    monkeypatch.setattr(FewShotEmbedder, "encode_passages", counted)
+    monkeypatch.setattr(FewShotEmbedder, "encode_counted", counted)
     return passes
 
 
@@ -167,6 +168,36 @@ def test_marks_without_their_embeddings_are_refused(embedder: FewShotEmbedder, t
         encode_corpus(embedder, TEXTS, out, block_texts=10)
 
 
+def test_what_was_changed_is_counted_once_over_all_blocks(
+    embedder: FewShotEmbedder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    texts = [*TEXTS[:5], "stone " * 100, *TEXTS[:3], "", "river " * 100, "\ud800", "market " * 100]
+
+    def lines() -> list[tuple[str, str]]:
+        found = [(r.levelname, r.getMessage()) for r in caplog.records if "passages" in r.getMessage()]
+        caplog.clear()
+        return found
+
+    cut = "are longer than 60 tokens and were cut"
+    embedder.encode_passages(texts)
+    changed = [("WARNING", "1 of 13 passages hold half a character (a lone surrogate), now U+FFFD")]
+    changed += [("INFO", "1 of 13 passages are empty"), ("INFO", f"3 of 13 passages {cut}")]
+    assert sorted(lines()) == sorted(changed)
+    encode_corpus(embedder, texts, tmp_path / "c.npy", block_texts=2)
+    wanted = [(level, line.replace("passages", "passages that this process encoded")) for level, line in changed]
+    assert sorted(lines()) == sorted(wanted)
+    encode_corpus(embedder, texts, tmp_path / "c.npy", block_texts=2)
+    assert lines() == [], "nothing was encoded"
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        counting(patch, 3)
+        encode_corpus(embedder, texts, tmp_path / "d.npy", block_texts=2)
+    caplog.clear()
+    encode_corpus(embedder, texts, tmp_path / "d.npy", block_texts=2)
+    assert ("INFO", f"2 of 7 passages that this process encoded {cut}") in lines()
+
+
 def test_what_cannot_be_encoded(embedder: FewShotEmbedder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match=r"texts\[12\]=None is not a text"):
         encode_corpus(embedder, [*TEXTS[:12], None], tmp_path / "c.npy", block_texts=10)  # type: ignore[list-item]
@@ -175,7 +206,7 @@ def test_what_cannot_be_encoded(embedder: FewShotEmbedder, tmp_path: Path, monke
     with pytest.raises(ValueError, match=r"place=\(0, 2\)"):
         encode_corpus(dataclasses.replace(embedder, place=(0, 2)), TEXTS, tmp_path / "c.npy")
     bad = np.full((23, 64), np.nan, dtype=np.float32)
-    monkeypatch.setattr(FewShotEmbedder, "encode_passages", lambda self, texts: bad)
+    monkeypatch.setattr(FewShotEmbedder, "encode_counted", lambda self, texts: (bad, Counter()))
     with pytest.raises(ValueError, match="block 0 of .*d.npy: embeddings are not finite"):
         encode_corpus(embedder, TEXTS, tmp_path / "d.npy")
 

@@ -74,6 +74,7 @@ def test_every_form_gives_the_trained_embeddings(run: Path, tmp_path: Path, caps
     np.testing.assert_allclose(torch.nn.functional.normalize(hidden_D, dim=0).numpy(), wanted_ND[0], atol=1e-5)
 
     card = (out / "README.md").read_text()
+    assert 'prompt_name="tiny, few-shot"' in card
     assert INSTRUCTION in card and "| merged | 1.000000 | 0.9999 |" in card and "'\\n<response>'" in card
 
 
@@ -83,6 +84,8 @@ def test_a_model_without_tasks_is_exported_without_prompts_and_that_is_said(
     change_json(run / "model" / "embedder.json", tasks={})
     assert export(run, tmp_path / "out") == 0
     assert "names no tasks (it is of an older version): no prompts are written" in capsys.readouterr().out
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "prompt_name" not in card and "SentenceTransformer" not in card and "load_embedder(" in card
 
 
 def test_what_is_left_out_is_said(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

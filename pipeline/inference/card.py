@@ -58,6 +58,9 @@ Lowest cosine to the trained model over fixed texts in many scripts, as queries,
 
 
 def _sentence_transformers(prompt_end: str, first: str) -> str:
+    """How to use that form; "" where no training set is named, and so no prompt of a query is in it."""
+    if not first:
+        return ""
     return f"""With sentence-transformers a query is its prompt, its text and `{prompt_end!r}`; the tokenizer adds EOS.
 A passage stands alone.
 

@@ -20,6 +20,7 @@ import json
 import logging
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence, Sized
 from itertools import islice
 from pathlib import Path
@@ -32,6 +33,7 @@ from pipeline.files import sync, take_lock, write_text
 from pipeline.inference.corpus_file import BLOCK_TEXTS
 from pipeline.inference.embedder import FewShotEmbedder
 from pipeline.inference.fingerprint import fingerprint
+from pipeline.inference.prompting import log_changes
 
 log = logging.getLogger(__name__)
 
@@ -70,6 +72,7 @@ def encode_corpus(
     quiet = dataclasses.replace(embedder, show_progress=False)
     total = len(texts) if isinstance(texts, Sized) else None
     missing: list[int] | None = None
+    num_encoded, all_changes = 0, Counter[str]()
     interval = 0.2 if sys.stderr.isatty() else 30.0  # not on a terminal: a line now and then
     options: dict[str, Any] = {"unit": "text", "mininterval": interval, "disable": not embedder.show_progress}
     with tqdm(total=total, desc="encode corpus", **options) as bar:
@@ -77,14 +80,19 @@ def encode_corpus(
             if missing is not None and iter(texts) is texts:
                 raise ValueError(f"blocks {missing[:8]} of {out} were left by another process, and texts has been read")
             bar.reset()
-            digests, num_texts = [], 0
+            digests: list[str] = []
+            num_texts = 0
             for block in _blocks(texts, block_texts):
                 digests.append(_digest(block))
-                _fill_block(quiet, out, len(digests) - 1, block, digests[-1], record)
+                changes = _fill_block(quiet, out, len(digests) - 1, block, digests[-1], record)
+                if changes is not None:
+                    num_encoded += len(block)
+                    all_changes += changes
                 num_texts += len(block)
                 bar.update(len(block))
             missing = _wait_for_others(work, digests)
     _finish(out, work, len(digests), num_texts, record)
+    log_changes(all_changes, num_encoded, "passages that this process encoded")
     return np.load(out, mmap_mode="r")
 
 
@@ -134,22 +142,24 @@ def _open_folder(out: Path, work: Path, record: dict[str, Any]) -> None:
 
 def _fill_block(
     embedder: FewShotEmbedder, out: Path, number: int, block: list[str], digest: str, record: dict[str, Any]
-) -> None:
-    """Encode a block unless it is done or another process has it."""
+) -> Counter[str] | None:
+    """Encode a block; returns what was changed in its texts, None where it is done or another process has it."""
     work = blocks_folder(out)
     path = work / f"{number:06d}"
     _require_digest(path, digest)
     first_byte = len(_header(0, record)) + number * record["block_texts"] * _row_bytes(record)
     if _read_mark(path):
-        return _require_rows(out, work, first_byte + len(block) * _row_bytes(record))
+        _require_rows(out, work, first_byte + len(block) * _row_bytes(record))
+        return None
     if (mark := take_lock(path)) is None:
-        return
+        return None
     with mark:
         if _read_mark(path):  # done between the look and the lock
-            return _require_digest(path, digest)
+            _require_digest(path, digest)
+            return None
         if out.exists():
             raise ValueError(f"{out} is finished, and the texts go on after it; remove it and {work.name}/")
-        rows_ND = embedder.encode_passages(block)
+        rows_ND, changes = embedder.encode_counted(block)
         if not np.isfinite(rows_ND).all():
             raise ValueError(f"block {number} of {out}: embeddings are not finite; the model's weights are damaged")
         rows_ND = rows_ND.astype(record["dtype"])
@@ -163,6 +173,7 @@ def _fill_block(
         mark.flush()
         os.fsync(mark.fileno())
     sync(work)
+    return changes
 
 
 def _require_rows(out: Path, work: Path, end: int) -> None:

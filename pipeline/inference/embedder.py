@@ -5,6 +5,7 @@ S sequences, T packed tokens, N texts, D width.
 
 import dataclasses
 import logging
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +21,7 @@ from pipeline.data.tokenizing import PromptTokenizer, load_tokenizer
 from pipeline.datatypes import PackedChunk
 from pipeline.inference.loading import find_model, load_weights, read_model
 from pipeline.inference.passes import encode_sequences, run_pass
-from pipeline.inference.prompting import Example, Prompt, compose_passages, compose_prompts
+from pipeline.inference.prompting import Example, Prompt, compose_passages, compose_prompts, log_changes
 from pipeline.model.encoder import load_encoder, require_rows, why_no_prefix
 from pipeline.model.prefix import Prefix
 from pipeline.prompts import get_template
@@ -120,9 +121,15 @@ class FewShotEmbedder:
         Args:
             normalize: give vectors of length 1; else the pooled hidden state as it is.
         """
-        ids = compose_passages(self.tokenizer, self.limits, texts, self._context)
+        embeddings_ND, changes = self.encode_counted(texts, normalize=normalize)
+        log_changes(changes, len(embeddings_ND), "passages")
+        return embeddings_ND
+
+    def encode_counted(self, texts: Sequence[str], *, normalize: bool = True) -> tuple[np.ndarray, Counter[str]]:
+        """`encode_passages`, with what was changed (passages that were cut, ...) as counts in place of log lines."""
+        ids, changes = compose_passages(self.tokenizer, self.limits, texts, self._context)
         with self._bar(len(ids), "passages") as bar:
-            return self._encode(ids, normalize, done=bar.update)
+            return self._encode(ids, normalize, done=bar.update), changes
 
     def compose_queries(
         self, texts: Sequence[str], instruction: str, examples: Sequence[Example] = (), drop_examples: bool = False

@@ -7,7 +7,8 @@ import dataclasses
 import logging
 import re
 import sys
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +20,7 @@ log = logging.getLogger(__name__)
 
 Example = tuple[str, str]  # (query, response)
 
+_HALVED = "hold half a character (a lone surrogate), now U+FFFD"
 _SURROGATE = re.compile("[\ud800-\udfff]")  # half a character, which no tokenizer takes
 
 
@@ -68,15 +70,21 @@ def compose_prompts(
 
 def compose_passages(
     pt: PromptTokenizer, limits: Limits, texts: Sequence[str], context: int | None
-) -> list[np.ndarray]:
-    """Token ids of each passage, int64; ValueError for a text that is none."""
-    texts = check_texts(texts, "passages")
+) -> tuple[list[np.ndarray], Counter[str]]:
+    """Token ids of each passage, int64, and what was changed, for `log_changes`; ValueError for a text that is none."""
+    texts, changes = _clean(texts, "passages")
     pieces = tokenize_pieces(pt, texts, "passage")
     around = len(pt.tokens.bos) + len(pt.tokens.eos)
-    _log_cut("passages", [len(piece) + around for piece in pieces], limits.max_passage_tokens)
+    changes += _count_cut([len(piece) + around for piece in pieces], limits.max_passage_tokens)
     composed = [compose_passage(pt.tokens, limits, piece) for piece in pieces]
     _require_context("passages", [len(ids) for ids in composed], context, "cut the passages")
-    return composed
+    return composed, changes
+
+
+def log_changes(changes: Mapping[str, int], total: int, what: str) -> None:
+    """A line for each thing that was changed: `3 of 7 passages are empty`."""
+    for change, number in changes.items():
+        log.log(logging.WARNING if change == _HALVED else logging.INFO, "%d of %d %s %s", number, total, what, change)
 
 
 def check_texts(texts: Sequence[str], what: str) -> list[str]:
@@ -85,6 +93,13 @@ def check_texts(texts: Sequence[str], what: str) -> list[str]:
     Raises:
         ValueError: not a list, or one that holds something that is no text.
     """
+    clean, changes = _clean(texts, what)
+    log_changes(changes, len(clean), what)
+    return clean
+
+
+def _clean(texts: Sequence[str], what: str) -> tuple[list[str], Counter[str]]:
+    """`check_texts` without a word in the log: (texts, what was found -> how many)."""
     if isinstance(texts, str):
         raise ValueError(f"{what}={texts[:40]!r} is one text; give a list of texts")
     if not isinstance(texts, Sequence):  # a generator would be empty at the second look
@@ -93,11 +108,9 @@ def check_texts(texts: Sequence[str], what: str) -> list[str]:
         if not isinstance(text, str):
             raise ValueError(f"{what}[{i}]={text!r:.40} is not a text; remove it or make it a string")
     clean = [text if text.isascii() else _SURROGATE.sub("\ufffd", text) for text in texts]
-    if num_changed := sum(new != old for new, old in zip(clean, texts, strict=True)):
-        log.warning("%d of %d %s hold half a character (a lone surrogate), now U+FFFD", num_changed, len(clean), what)
-    if num_empty := sum(not text.strip() for text in clean):
-        log.info("%d of %d %s are empty", num_empty, len(clean), what)
-    return clean
+    num_halved = sum(new != old for new, old in zip(clean, texts, strict=True))
+    num_empty = sum(not text.strip() for text in clean)
+    return clean, +Counter({_HALVED: num_halved, "are empty": num_empty})  # +: without those that are 0
 
 
 def check_examples(examples: Sequence[Example]) -> tuple[Example, ...]:
@@ -159,6 +172,8 @@ def _require_context(what: str, lengths: Sequence[int], context: int | None, rem
 
 
 def _log_cut(what: str, lengths: Sequence[int], limit: int) -> None:
-    num_cut = sum(length > limit for length in lengths)
-    if num_cut:
-        log.info("%d of %d %s are longer than %d tokens and were cut", num_cut, len(lengths), what, limit)
+    log_changes(_count_cut(lengths, limit), len(lengths), what)
+
+
+def _count_cut(lengths: Sequence[int], limit: int) -> Counter[str]:
+    return +Counter({f"are longer than {limit} tokens and were cut": sum(length > limit for length in lengths)})
