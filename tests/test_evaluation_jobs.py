@@ -93,7 +93,8 @@ def test_a_damaged_record_is_named(recipe: Path, tmp_path: Path, capsys: pytest.
 def test_embeddings_without_examples_are_made_once(kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     from pipeline.evaluation.memory import collect_notes, remembered
 
-    caplog.set_level("INFO")
+    # Notes are whole whatever another part of the program lets through to the screen.
+    caplog.set_level("WARNING", logger="pipeline.inference")
 
     def never() -> np.ndarray:
         raise AssertionError("is there already")

@@ -44,13 +44,24 @@ def collect_notes(quiet: bool = False) -> Iterator[list[str]]:
     """What the embedder logs meanwhile: each message once, with how often it came; `quiet` keeps it from the screen."""
     counts: dict[str, int] = {}
     notes: list[str] = []
+    level, spread, shown = _EMBEDDER_LOG.level, _EMBEDDER_LOG.propagate, _EMBEDDER_LOG.getEffectiveLevel()
+
+    def note(record: logging.LogRecord) -> None:
+        text = record.getMessage()
+        counts[text] = counts.get(text, 0) + 1
+        # Whatever is shown elsewhere, nothing is left out here; so what is shown goes on from here.
+        if spread and not quiet and record.levelno >= shown and _EMBEDDER_LOG.parent:
+            _EMBEDDER_LOG.parent.handle(record)
+
     handler = logging.Handler(logging.INFO)
-    handler.emit = lambda record: counts.update({record.getMessage(): counts.get(record.getMessage(), 0) + 1})  # type: ignore[method-assign]
+    handler.emit = note  # type: ignore[method-assign]
     _EMBEDDER_LOG.addHandler(handler)
-    spread, _EMBEDDER_LOG.propagate = _EMBEDDER_LOG.propagate, _EMBEDDER_LOG.propagate and not quiet
+    _EMBEDDER_LOG.propagate = False
+    _EMBEDDER_LOG.setLevel(logging.INFO)
     try:
         yield notes
     finally:
+        _EMBEDDER_LOG.setLevel(level)
         _EMBEDDER_LOG.propagate = spread
         _EMBEDDER_LOG.removeHandler(handler)
         notes += [text if count == 1 else f"{text} ({count} times)" for text, count in counts.items()]
