@@ -10,7 +10,7 @@ import threading
 import time
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import pytest
@@ -86,6 +86,19 @@ def test_a_call_goes_on_after_the_last_whole_block(
     assert len(passes) == 6 - most + bool(most), "what is finished is not encoded again"
 
 
+def end_after_the_others(out: Path, held: IO[str]) -> threading.Thread:
+    """A process that ends without doing its block, when the two other blocks are done."""
+
+    def wait() -> None:
+        while count_done(out) < 2:
+            time.sleep(0.01)
+        held.close()
+
+    thread = threading.Thread(target=wait, daemon=True)
+    thread.start()
+    return thread
+
+
 def test_blocks_of_another_process_are_waited_for_and_taken_over(
     embedder: FewShotEmbedder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -94,18 +107,16 @@ def test_blocks_of_another_process_are_waited_for_and_taken_over(
     passes = counting(monkeypatch)
     held = take_lock(blocks_folder(out) / "000001")
     assert held is not None
-    seen: list[int] = []
-    timer = threading.Timer(1, lambda: (seen.append(count_done(out)), held.close()))  # it ends without doing its block
-    timer.start()
+    other = end_after_the_others(out, held)
     encode_corpus(embedder, TEXTS, out, block_texts=10)
-    timer.join()
-    assert seen == [2] and passes == [10, 3, 10], "the other blocks meanwhile, and its block after it"
+    other.join()
+    assert passes == [10, 3, 10], "the other blocks meanwhile, and its block after it"
     np.testing.assert_allclose(np.load(out), embedder.encode_passages(TEXTS), atol=1e-6)
 
     blocks_folder(tmp_path / "d.npy").mkdir()
     held = take_lock(blocks_folder(tmp_path / "d.npy") / "000001")
     assert held is not None
-    threading.Timer(0.3, held.close).start()
+    end_after_the_others(tmp_path / "d.npy", held)
     with pytest.raises(ValueError, match=r"blocks \[1\] of .*d.npy were left by another process, and texts has been"):
         encode_corpus(embedder, iter(TEXTS), tmp_path / "d.npy", block_texts=10)
 
