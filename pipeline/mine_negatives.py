@@ -73,6 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse_arguments(argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("pipeline").setLevel(logging.INFO)
+    logging.getLogger("pipeline.inference").setLevel(logging.WARNING)  # what it cuts is counted and told here, once
     logging.getLogger("bm25s").setLevel(logging.WARNING)  # it sets a level of its own
     try:
         options = read_options(args)

@@ -1,7 +1,8 @@
 """Real tokenizers from installed packages, and a small recipe with raw data of all five types."""
 
+import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,16 @@ from samples import installed_file, sample_texts, write_recipe
 # Triton reads this when it is imported, and DeepSpeed imports it: so before any test does.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+
+@pytest.fixture(autouse=True)
+def restored_log_levels() -> Iterator[None]:
+    """A command's main sets levels for its whole process; here the next test's lines must not depend on them."""
+    loggers = [logging.getLogger(name) for name in ("pipeline", "pipeline.inference")]
+    levels = [logger.level for logger in loggers]
+    yield
+    for logger, level in zip(loggers, levels, strict=True):
+        logger.setLevel(level)
 
 
 @pytest.fixture(scope="session")

@@ -182,7 +182,7 @@ def test_marks_without_their_embeddings_are_refused(embedder: FewShotEmbedder, t
 def test_what_was_changed_is_counted_once_over_all_blocks(
     embedder: FewShotEmbedder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level("INFO")
+    caplog.set_level("INFO", logger="pipeline.inference")
     texts = [*TEXTS[:5], "stone " * 100, *TEXTS[:3], "", "river " * 100, "\ud800", "market " * 100]
 
     def lines() -> list[tuple[str, str]]:

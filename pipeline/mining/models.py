@@ -5,7 +5,6 @@ N texts or pairs, D width.
 
 import importlib.util
 import json
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -209,8 +208,6 @@ def _is_cut(model: "BaseModel", *texts: list[str]) -> np.ndarray:
 def _load_embedder(path: Path) -> TextModel:
     from pipeline.inference.embedder import load_embedder
 
-    # What is cut is counted here; the embedder would say so block by block.
-    logging.getLogger("pipeline.inference").setLevel(logging.WARNING)
     embedder = load_embedder(path, show_progress=False)
 
     def embed(texts: Sequence[str], instruction: str, as_query: bool) -> Scored:
