@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from pipeline.evaluation import loading
 from pipeline.evaluation.air_bench import is_place, load_air_bench, parse_place, write_ranking
 from pipeline.evaluation.loading import read_settings
-from pipeline.evaluation.report import add_scores, write_report
+from pipeline.evaluation.report import add_scores, read_scores, write_report
 from pipeline.evaluation.sides import SIDES
 from pipeline.evaluation.table import MODES, Score, score_table
 from pipeline.evaluation.tasks import LocalTask, load_task
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from pipeline.evaluation.jobs import Job, Model
 
 LOCAL_EXAMPLES = 3
+NO_RUN = Path("runs/evaluation")  # of scores that belong to no run
 EPILOG = """examples:
   python pipeline/evaluate_embedder.py --config examples/quickstart/recipe.yaml --task examples/quickstart/eval/xquad_en
   python pipeline/evaluate_embedder.py --run runs/quickstart --task examples/quickstart/eval/xquad_en
@@ -81,7 +82,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--label", help="name in the tables (default: after for --run, before for --config, else its own)"
     )
-    parser.add_argument("--scores", type=Path, help="file to add to (default: scores.json in the run's folder)")
+    parser.add_argument(
+        "--scores", type=Path, help=f"file to add to (default: scores.json in the run's folder, else in {NO_RUN})"
+    )
     parser.add_argument(
         "--rankings",
         type=Path,
@@ -154,8 +157,9 @@ def evaluate(args: argparse.Namespace, settings: Settings | None, names: Sequenc
     import datasets
     import transformers
 
-    folder = args.run or (Path(settings.run.output_dir) if settings else Path("runs/evaluation"))
+    folder = args.run or (Path(settings.run.output_dir) if settings else NO_RUN)
     path = args.scores or folder / "scores.json"
+    read_scores(path)  # a damaged file is refused before the work, and not after it
     datasets.disable_progress_bars()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()

@@ -325,6 +325,11 @@ def test_folders_that_are_no_embedder(trained: tuple[Path, FewShotEmbedder], tmp
     refused("holds no adapter_config.json", "adapter_config.json")
     refused("cannot be loaded", "tokenizer.json")
     refused("embedder.json cannot be read", limits={})
+    limits = json.loads((model / "embedder.json").read_text())["limits"]
+    for wrong in (0, "512", 512.0):
+        refused(
+            f"limits.max_query_tokens={wrong!r} is no number of tokens", limits=limits | {"max_query_tokens": wrong}
+        )
     refused("embedder.json cannot be read", template={"nam": "x"})
     refused("the template is not the one of template_version", template=template | {"query": "Q: {}\n"})
     end = replace(get_template("bge_en_icl"), query_end="<query>")

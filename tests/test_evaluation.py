@@ -254,9 +254,10 @@ def test_scores_from_before_fingerprints_are_kept(tmp_path: Path) -> None:
 
 
 def test_a_damaged_scores_file(tmp_path: Path) -> None:
-    (tmp_path / "scores.json").write_text('[{"model": "x"}]')
-    with pytest.raises(ValueError, match=r"scores\.json is not a list of scores"):
-        add_scores(tmp_path / "scores.json", [BEFORE])
+    for damaged in (b'[{"model": "x"}]', b"[{", b"\xff\xfe"):
+        (tmp_path / "scores.json").write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"scores\.json is not a list of scores"):
+            add_scores(tmp_path / "scores.json", [BEFORE])
 
 
 def test_the_table() -> None:

@@ -169,6 +169,7 @@ def test_an_adapter_of_another_base_is_refused(
     trained: tuple[Path, FewShotEmbedder],  # noqa: F811
     base: Path,  # noqa: F811
     tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     model = trained[0] / "model"
     other = tmp_path / "other"
@@ -186,6 +187,7 @@ def test_an_adapter_of_another_base_is_refused(
     # Without the record, as older folders are: by the shapes, and by what is adapted.
     change_json(model / "embedder.json", base_model=str(other), base_fingerprint="")
     load(model)
+    assert f"says nothing of its base's weights; taken unchecked: {other}" in caplog.text
     adapter = load_file(model / "adapter_model.safetensors")
     name = sorted(adapter)[-1]
     save_file({n: w for n, w in adapter.items() if n != name}, model / "adapter_model.safetensors", {"format": "pt"})

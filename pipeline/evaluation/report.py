@@ -22,7 +22,7 @@ def read_scores(path: Path) -> list[Score]:
         return []
     try:
         return [Score(**entry) for entry in json.loads(path.read_text(encoding="utf-8"))]
-    except (json.JSONDecodeError, TypeError) as error:
+    except (ValueError, TypeError) as error:
         raise ValueError(f"{path} is not a list of scores ({error}); remove it to begin anew") from error
 
 

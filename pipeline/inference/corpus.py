@@ -92,6 +92,8 @@ def encode_corpus(
                 bar.update(len(block))
             missing = _wait_for_others(work, digests)
     _finish(out, work, len(digests), num_texts, record)
+    if digests and not num_encoded:
+        log.info("%s: every block was done before", out)
     log_changes(all_changes, num_encoded, "passages that this process encoded")
     return np.load(out, mmap_mode="r")
 

@@ -46,7 +46,7 @@ def read_description(folder: str | Path) -> EmbedderDescription:
                 dtype=tree["dtype"],
             ),
             template=Template(**_tuples(tree["template"])),
-            limits=Limits(**{f.name: tree["limits"][f.name] for f in dataclasses.fields(Limits)}),
+            limits=_limits(tree["limits"]),
             tokens=PromptTokens(**_tuples(tree["prompt_tokens"])),
             fingerprint=tree["tokenizer_fingerprint"],
             matryoshka_dims=tuple(tree.get("matryoshka_dims", ())),  # folders from before it was written have none
@@ -58,6 +58,14 @@ def read_description(folder: str | Path) -> EmbedderDescription:
     if description.template.version != tree.get("template_version"):
         raise ValueError(f"{path}: the template is not the one of template_version; was the file edited?")
     return description
+
+
+def _limits(tree: dict[str, Any]) -> Limits:
+    limits = {f.name: tree[f.name] for f in dataclasses.fields(Limits)}
+    for name, value in limits.items():
+        if type(value) is not int or value < 1:
+            raise TypeError(f"limits.{name}={value!r} is no number of tokens")
+    return Limits(**limits)
 
 
 def _tuples(tree: dict[str, Any]) -> dict[str, Any]:

@@ -145,7 +145,9 @@ def _require_base(folder: Path, description: EmbedderDescription) -> None:
     name, remedy = description.model.name, f"set base_model in {folder / DESCRIPTION_FILE} to where it is"
     if Path(name).is_absolute() and not Path(name).is_dir():
         raise ValueError(f"{folder} needs its base model, and {name} is no folder here; {remedy}")
-    if description.base_fingerprint and fingerprint_base(name) != description.base_fingerprint:
+    if not description.base_fingerprint:
+        log.warning("%s says nothing of its base's weights; taken unchecked: %s", folder, name)
+    elif fingerprint_base(name) != description.base_fingerprint:
         raise ValueError(f"{folder} was trained on other weights than those of {name} now; {remedy}")
 
 
