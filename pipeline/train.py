@@ -17,6 +17,7 @@ import numpy as np
 
 from pipeline.inference.gate import GATE_FILE
 from pipeline.inference.saving import save_model
+from pipeline.runtime.attempt import write_end
 from pipeline.runtime.engine import read_state, start_distributed, stop_distributed
 from pipeline.runtime.ranks import Ranks, by_first, read_ranks, share_cores
 from pipeline.runtime.runlog import plot_losses, set_up_logging
@@ -60,6 +61,7 @@ def train(run: Run) -> None:
     by_first(write, ranks)
     gate_ND = embed_gate_texts(run)
     by_first(lambda: np.save(out / "model" / GATE_FILE, gate_ND), ranks)
+    write_end(ranks, 0, state.step, "done")
     if ranks.is_first:
         tokens, without = f"{state.tokens_seen:,}", state.step - state.updates
         log.info("done: %d steps (%d without an update), %s tokens", state.step, without, tokens)
@@ -120,6 +122,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def report(error: Exception, ranks: Ranks, code: int) -> int:
     """Say what is wrong; a user's fault shows on every rank alike, so the others give the first one time to say it."""
     stop_watching_signals()
+    write_end(ranks, code, None, str(error))
     time.sleep(0 if ranks.is_first else 3)
     print(f"{'' if ranks.is_first else f'[rank {ranks.rank}] '}error: {error}", file=sys.stderr, flush=True)
     return code

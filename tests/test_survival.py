@@ -49,17 +49,26 @@ def errors(result):
     return [line for line in result.stderr.splitlines() if "error: " in line]
 
 
+def said(attempt):
+    """What a run told the script of its job."""
+    return {path.name: path.read_text() for path in attempt.iterdir()}
+
+
 def test_stopped_and_killed_runs_end_with_the_weights_of_an_undisturbed_one(recipe, tmp_path, monkeypatch):
     require_success(run(recipe, tmp_path / "whole"))
     out = tmp_path / "out"
 
+    monkeypatch.setenv("BGE_ICL_ATTEMPT", str(tmp_path / "1"))
     stopped = run(recipe, out, fault="signal 1 2 SIGUSR1", monkeypatch=monkeypatch)
     assert stopped.returncode == STOPPED and "Traceback" not in stopped.stderr, stopped.stderr[-3000:]
     assert "stopped by SIGUSR1 on rank 1; 2 of 6 steps are done and saved" in stopped.stdout
-    assert (out / "stopped_at").read_text() == "2\n" and find_checkpoint(out / "checkpoints").name == "step-000002"
+    assert said(tmp_path / "1") == {"ready": "0\n", "end": "75 2 SIGUSR1 on rank 1\n"}
+    assert find_checkpoint(out / "checkpoints").name == "step-000002"
 
+    monkeypatch.setenv("BGE_ICL_ATTEMPT", str(tmp_path / "2"))
     killed = run(recipe, out, fault="kill_saving 0 3", monkeypatch=monkeypatch)
-    assert killed.returncode not in (0, STOPPED) and not (out / "stopped_at").exists()
+    assert killed.returncode not in (0, STOPPED)
+    assert said(tmp_path / "2") == {"ready": "2\n"}, "who is killed says nothing"
     lost = "rank 1 lost another rank at saving after 3 steps; the first rank does not answer"
     assert any(lost in line for line in errors(killed)), killed.stderr[-3000:]
     assert find_checkpoint(out / "checkpoints").name == "step-000002"

@@ -29,7 +29,6 @@ from pipeline.model.flop import Work, executed_flop
 from pipeline.model.shapes import read_shape
 from pipeline.preprocess import main as preprocess
 from pipeline.runtime.checkpoint import TrainState, find_checkpoint, require_same_run, save_checkpoint
-from pipeline.runtime.ranks import read_ranks
 from pipeline.runtime.runlog import require_tracker
 from pipeline.runtime.sharding_json import read_deepspeed_json, require_exact
 from pipeline.runtime.watch import NOT_FINITE, STOPPED
@@ -512,13 +511,6 @@ def test_absent_tracker_is_refused(monkeypatch):
     with pytest.raises(ValueError, match="run.tracker=wandb is not installed"):
         require_tracker("wandb")
     require_tracker("none")
-
-
-def test_slurm_tasks_without_ranks_are_refused(monkeypatch):
-    monkeypatch.delenv("RANK", raising=False)
-    monkeypatch.setenv("SLURM_NTASKS", "8")
-    with pytest.raises(ValueError, match="SLURM_NTASKS=8, but RANK is not set"):
-        read_ranks()
 
 
 def test_pruning_never_removes_the_newest_and_drops_damaged_later_ones(recipe, tmp_path):

@@ -43,7 +43,7 @@ def mpi_size() -> int:
         return 1
     if wanted == 1:
         return 1
-    size = _communicator().Get_size()
+    size = communicator().Get_size()
     if size != wanted:
         raise ValueError(
             f"{wanted} ranks were started, but MPI sees {size}: mpi4py found the library of another MPI than the one "
@@ -58,18 +58,19 @@ def serve_first_rank() -> bool:
     Returns:
         whether this process was such a rank, and so has nothing left to do.
     """
-    if mpi_size() == 1 or _communicator().Get_rank() == 0:
+    if mpi_size() == 1 or communicator().Get_rank() == 0:
         return False
     from mpi4py.futures import MPICommExecutor
 
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the first rank alone answers it
-    with MPICommExecutor(_communicator(), root=0):
+    with MPICommExecutor(communicator(), root=0):
         pass
     return True
 
 
-def _communicator() -> Any:
+def communicator() -> Any:
+    """MPI's communicator of all ranks; ValueError where MPI cannot be loaded."""
     try:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
@@ -90,13 +91,13 @@ def open_pool(processes: int) -> Iterator[Executor | None]:
     if mpi_size() > 1:
         from mpi4py.futures import MPICommExecutor
 
-        with MPICommExecutor(_communicator(), root=0) as ranks:
+        with MPICommExecutor(communicator(), root=0) as ranks:
             assert isinstance(ranks, Executor), "only the first rank comes here"
             try:
                 yield ranks
             except KeyboardInterrupt:
                 print("interrupted; the same command goes on from here", file=sys.stderr, flush=True)
-                _communicator().Abort(INTERRUPTED)
+                communicator().Abort(INTERRUPTED)
         return
     if processes == 1:
         yield None

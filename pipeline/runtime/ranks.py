@@ -4,7 +4,6 @@ S sequences of the whole step, D width, W ranks.
 """
 
 import os
-import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -13,6 +12,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from pipeline.runtime.launch import find_place
 
 Value = TypeVar("Value")
 
@@ -32,29 +33,23 @@ class Ranks:
 
 
 def read_ranks(local_rank: int | None = None) -> Ranks:
-    """Place of this process from RANK, WORLD_SIZE and LOCAL_RANK; alone where no launcher set them.
+    """Place of this process, from whatever launcher started it (launch.py); the environment then has it too.
 
     Raises:
-        ValueError: several SLURM tasks without ranks, each of which would train a run of its own in the same folder.
+        ValueError: the launch would split into several runs, or a rank of a GPU machine has no GPU of its own.
     """
-    if "RANK" not in os.environ and int(os.environ.get("SLURM_NTASKS", "1")) > 1:
-        raise ValueError(
-            f"SLURM_NTASKS={os.environ['SLURM_NTASKS']}, but RANK is not set: the tasks would be separate runs; start "
-            "them through slurm/train.sbatch, which sets RANK, WORLD_SIZE and LOCAL_RANK"
-        )
-    local = int(os.environ.get("LOCAL_RANK", local_rank if local_rank is not None else 0))
-    os.environ.setdefault("LOCAL_RANK", str(local))
-    alone = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()}
-    for name, value in alone.items():
+    for name, value in find_place().items():
         os.environ.setdefault(name, value)
-    device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
+    local = int(os.environ.setdefault("LOCAL_RANK", str(local_rank or 0)))
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", local)
+        if local >= (visible := torch.cuda.device_count()):
+            raise ValueError(
+                f"LOCAL_RANK={local}, but this process sees {visible} GPUs: start one rank a GPU, and let each see all "
+                "GPUs of its node (sbatch --gpus-per-node, not --gpus-per-task)"
+            )
     return Ranks(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), local, device)
-
-
-def _free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
 
 
 def share_cores(ranks: Ranks) -> int:

@@ -31,6 +31,7 @@ class StepMetrics:
     """One line of metrics.jsonl. Tokens are real tokens; there is no padding to count."""
 
     step: int
+    total_steps: int  # of the whole run
     epoch: int
     dataset: str
     loss: float
@@ -71,6 +72,7 @@ def step_metrics(
     seconds: dict[str, float],
     flop: StepFlop | None,
     clip_norm: float,
+    total_steps: int,
     ranks: Ranks,
 ) -> StepMetrics:
     """One line of metrics.jsonl."""
@@ -78,6 +80,7 @@ def step_metrics(
     peak = peak_flops(torch.cuda.get_device_name(ranks.device)) if ranks.device.type == "cuda" else None
     return StepMetrics(
         step=plan.step,
+        total_steps=total_steps,
         epoch=plan.epoch,
         dataset=dataset,
         loss=result.loss,
@@ -134,7 +137,7 @@ def peak_memory_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def step_line(m: StepMetrics, total_steps: int, seconds_left: float) -> str:
+def step_line(m: StepMetrics, seconds_left: float) -> str:
     """The one line a step that people watch."""
     minutes, seconds = divmod(int(seconds_left), 60)
     work = f"{m.tflops:.0f} TFLOP/s | " if m.tflops is not None and m.tflops >= 1 else ""
@@ -142,7 +145,7 @@ def step_line(m: StepMetrics, total_steps: int, seconds_left: float) -> str:
         work = f"{m.tflops:.0f} TFLOP/s, HFU {m.hfu:.0%}, MFU {m.mfu:.0%} | "
     filtered = f"{m.negatives_filtered:,} filtered | " if m.negatives_filtered else ""
     return (
-        f"step {m.step + 1}/{total_steps} | {m.dataset} | loss {m.loss:.4f} | grad {m.grad_norm:.2f}"
+        f"step {m.step + 1}/{m.total_steps} | {m.dataset} | loss {m.loss:.4f} | grad {m.grad_norm:.2f}"
         f"{' clipped' if m.clipped else ''}{' NOT TAKEN' if m.skipped else ''} | lr {m.lr:.2e} | "
         f"{m.queries_per_second:.1f} q/s | {m.tokens_per_second:,.0f} tok/s | {work}"
         f"mem {m.memory_gib:.2f} GiB | {m.chunks} chunks, {m.passes} passes | "

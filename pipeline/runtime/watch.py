@@ -23,6 +23,7 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 
+from pipeline.runtime.attempt import write_end
 from pipeline.runtime.ranks import Ranks, from_first
 
 # Exit codes beside 0 and 2 (something that the user can mend). The first is EX_TEMPFAIL of sysexits.h: run it again.
@@ -118,6 +119,7 @@ def _look_out(watch: Watch) -> None:
                 f"(run.max_stall_seconds={watch.max_stall_seconds:g}); {who_is_behind(watch)}; its stacks:"
             )
             print(message, file=sys.stderr, flush=True)
+            write_end(watch.ranks, LOST, None, message)
             faulthandler.dump_traceback(sys.stderr, all_threads=True)
             os._exit(LOST)
 
@@ -158,6 +160,7 @@ def end_alone(error: BaseException, ranks: Ranks, watch: Watch | None) -> NoRetu
         code = LOST
     else:
         traceback.print_exception(error)
+    write_end(ranks, code, None, f"{type(error).__name__}: {error}")
     sys.stderr.flush()
     os._exit(code)
 

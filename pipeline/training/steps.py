@@ -18,20 +18,20 @@ from pipeline.data.composing import Limits
 from pipeline.data.sampling import plan_step
 from pipeline.files import write_text
 from pipeline.model.flop import StepFlop, Work, executed_flop, model_flop
+from pipeline.runtime.attempt import write_end, write_ready
 from pipeline.runtime.checkpoint import TrainState, load_checkpoint, save_checkpoint
 from pipeline.runtime.engine import discard_gradients, read_state, take_step, write_state
 from pipeline.runtime.guards import is_spike, too_late
 from pipeline.runtime.ranks import by_first, together
 from pipeline.runtime.runlog import append_metrics, open_tracker, start_metrics, step_line, step_metrics
 from pipeline.runtime.step import StepInputs, StepResult, make_optimizer_state, moment, prepare_step, run_step
-from pipeline.runtime.watch import StopRequested, mark
+from pipeline.runtime.watch import STOPPED, StopRequested, mark
 from pipeline.settings import OptimSettings, dump_settings
 from pipeline.training.evaluating import evaluate, is_due, must_make_up
 from pipeline.training.run import Run
 
 log = logging.getLogger("train")
 
-STOPPED_AT = "stopped_at"  # in the run folder: the steps done by a run that was asked to stop
 MAX_BAD_STEPS = 3
 NEVER_MOVED = "no step has moved the weights yet: look for NaN in model.name or model.adapter, and at the rows"
 REMEDY = "lower optim.lr or lengthen optim.warmup_steps, and look at the rows with pipeline/plan_run.py --step"
@@ -49,11 +49,11 @@ def resume(run: Run) -> TrainState:
         log.info("resumed from %s: %d steps are done", checkpoint, state.step)
 
     def begin() -> None:
-        (out / STOPPED_AT).unlink(missing_ok=True)
         write_text(out / "settings.yaml", dump_settings(run.settings))
         start_metrics(out / "metrics.jsonl", state.step)
 
     by_first(begin, ranks)
+    write_ready(ranks, state.step)
     return state
 
 
@@ -125,10 +125,12 @@ def train_steps(run: Run, state: TrainState, loader: Executor) -> TrainState:
             # The profiler takes time of its own: a step under it is no measure of the others.
             flop = None if profiled else count_flop(run, inputs, result)
             clip_norm = settings.optim.clip_norm
-            metrics = step_metrics(plan, dataset, inputs, result, norm, lr, seconds, flop, clip_norm, ranks)
+            metrics = step_metrics(
+                plan, dataset, inputs, result, norm, lr, seconds, flop, clip_norm, run.total_steps, ranks
+            )
             # The first steps are slow (allocation, compilation): the estimate forgets them.
             recent = recent if profiled and recent else [*recent[-19:], seconds["all"]]
-            log.info(step_line(metrics, run.total_steps, float(np.median(recent)) * (run.total_steps - state.step)))
+            log.info(step_line(metrics, float(np.median(recent)) * (run.total_steps - state.step)))
             append_metrics(out / "metrics.jsonl", metrics)
             track(dataclasses.asdict(metrics))
 
@@ -147,11 +149,11 @@ def train_steps(run: Run, state: TrainState, loader: Executor) -> TrainState:
 
 
 def stopped(run: Run, state: TrainState, saved_step: int, stop: StopRequested) -> StopRequested:
-    """Save what is done since the last checkpoint, and leave the marker; the reason with how far the run came."""
+    """Save what is done since the last checkpoint; the reason with how far the run came."""
     if saved_step < state.step:
         save(run, state)
-    by_first(lambda: write_text(run.out / STOPPED_AT, f"{state.step}\n"), run.ranks)
     done = state.step if state.updates else 0
+    write_end(run.ranks, STOPPED, done, str(stop))
     return StopRequested(f"{stop}; {done} of {run.total_steps} steps are done and saved")
 
 
