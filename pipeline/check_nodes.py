@@ -1,0 +1,117 @@
+"""Check the nodes of a job before its work: `srun python pipeline/check_nodes.py --for train --config RECIPE`.
+
+Run with the tasks that the work will have. Each looks around on its node (versions of code and libraries, token store,
+tokenizer, base model, disk, GPU); then all of them meet, the first one compares what they found, and they sum a tensor
+over all ranks. Takes seconds, and who does not answer is named. Exit code 2: something is wrong, in one line each; the
+nodes at fault, if not all are, stand in bad_nodes of the attempt's folder, from where the job script takes them.
+"""
+
+import argparse
+import os
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from pipeline.cluster.node_checks import STAGES, describe, judge, look_around
+from pipeline.settings import Settings, load_settings
+
+PATIENCE = 45.0  # seconds for what the slowest node may need: it reads its share of the store meanwhile
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="""examples:
+  srun --nodes 2 --ntasks-per-node 8 --gpus-per-node 8 python pipeline/check_nodes.py --for train --config recipe.yaml
+  python pipeline/check_nodes.py --for preprocess --config recipe.yaml     (this machine alone)""",
+    )
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--for", dest="stage", choices=STAGES, help="the work to come")
+    what.add_argument("--copy-store", type=Path, metavar="FOLDER", help="copy the token store to this node's own disk")
+    parser.add_argument("--config", required=True, help="recipe YAML; pipeline/settings.py documents every key")
+    parser.add_argument("--patience", type=float, default=PATIENCE, help="seconds to wait for a task (%(default).0f)")
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that override the recipe's")
+    return parser.parse_intermixed_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = parse_arguments(argv)
+    try:
+        settings = load_settings(arguments.config, arguments.overrides)
+        if arguments.copy_store:
+            copy_store(Path(settings.data.store), arguments.copy_store)
+            return 0
+        return check(arguments.stage, settings, arguments.patience)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def check(stage: str, settings: Settings, patience: float) -> int:
+    """Look around, meet, compare; 0 if all is well on every node, else 2."""
+    # Late: a wrong command line should not have to wait for torch.
+    from pipeline.cluster.meeting import announce, collect, measure_all_reduce, open_meeting, tell
+    from pipeline.runtime.ranks import read_ranks
+
+    started = time.monotonic()
+    ranks = read_ranks()
+    store = open_meeting(ranks, patience)
+    tell(store, look_around(stage, settings, ranks.rank, ranks.world_size))
+    verdict = ""
+    if ranks.is_first:
+        found, missing = collect(store, ranks, patience)
+        lines, bad_nodes = judge(found, missing)
+        verdict = "bad" if lines else "good"
+        nodes = len({task.host for task in found} | set(missing.values()))
+        report([f"check of the nodes for {stage}: {ranks.world_size} tasks on {nodes} nodes", *describe(found)])
+        blame(lines, bad_nodes)
+    good = announce(store, ranks, "verdict", verdict, 2 * patience) == "good"
+    if good and stage == "train" and ranks.world_size > 1:
+        speed = measure_all_reduce(store, ranks, patience)
+        if ranks.is_first:
+            report([f"  {'all-reduce':<13} {speed}"])
+        announce(store, ranks, "all-reduce", "done", patience)
+    if good and ranks.is_first:
+        report([f"  all is well after {time.monotonic() - started:.1f} s"])
+    return 0 if good else 2
+
+
+def report(lines: Sequence[str]) -> None:
+    """Print lines, and add them to preflight.txt of the attempt."""
+    text = "".join(line + "\n" for line in lines)
+    print(text, end="", flush=True)
+    if folder := os.environ.get("BGE_ICL_ATTEMPT"):
+        with (Path(folder) / "preflight.txt").open("a", encoding="utf-8") as file:
+            file.write(text)
+
+
+def blame(lines: Sequence[str], bad_nodes: dict[str, str]) -> None:
+    """Say what is wrong, and leave the names of bad nodes for the job script."""
+    for line in lines:
+        print(f"error: {line}", file=sys.stderr, flush=True)
+    if lines:
+        report([f"  error: {line}" for line in lines])
+    if bad_nodes and (folder := os.environ.get("BGE_ICL_ATTEMPT")):
+        text = "".join(f"{host} {reason}\n" for host, reason in bad_nodes.items())
+        (Path(folder) / "bad_nodes").write_text(text, encoding="utf-8")
+
+
+def copy_store(source: Path, target: Path) -> None:
+    """Copy a token store; whole and with the right checksums, or not at all."""
+    from pipeline.data.store import open_store
+
+    started = time.monotonic()
+    if not target.exists():
+        partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copytree(source, partial)
+        partial.rename(target)
+    open_store(target, verify=True)
+    print(f"{os.uname().nodename}: token store at {target}, in {time.monotonic() - started:.1f} s", flush=True)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
