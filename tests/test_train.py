@@ -2,15 +2,13 @@
 
 import dataclasses
 import json
-import os
 import shutil
-import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from launching import REPOSITORY, environment, launch, require_success, run_python
+from launching import REPOSITORY, launch, require_success, run_python
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_run import TYPES
@@ -481,29 +479,6 @@ def test_other_data_is_refused_on_resume(recipe, whole_run, tmp_path):
     assert preprocess(["--config", str(recipe), *where]) == 0
     result = run_python(TRAIN, ["--config", str(recipe), *COMMON, f"run.output_dir={out}", *where])
     assert "was trained on another data.store (contents " in one_error(result)
-
-
-def test_batch_script_starts_one_world_from_slurm_variables(recipe, tmp_path):
-    """The job script under stand-ins for srun (two tasks here) and scontrol; a real cluster is not at hand in tests."""
-    stubs = tmp_path / "bin"
-    stubs.mkdir()
-    (stubs / "scontrol").write_text("#!/bin/sh\necho 127.0.0.1\n")
-    (stubs / "srun").write_text(
-        "#!/bin/bash\nshift 2\n"
-        'for i in 0 1; do SLURM_PROCID=$i SLURM_LOCALID=$i SLURM_NTASKS=2 "$@" & pids+=($!); done\n'
-        'for pid in "${pids[@]}"; do wait $pid || exit 1; done\n'
-    )
-    for stub in stubs.iterdir():
-        stub.chmod(0o755)
-    slurm = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_JOB_NODELIST": "here", "SLURM_SUBMIT_DIR": str(REPOSITORY)}
-    env = environment() | slurm
-    env["PATH"] = f"{stubs}{os.pathsep}{env['PATH']}"
-    out = tmp_path / "run"
-    arguments = [str(recipe), f"run.output_dir={out}", "optim.max_steps=1"]
-    command = ["bash", str(REPOSITORY / "slurm" / "train.sbatch"), *arguments]
-    result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
-    require_success(result)
-    assert "ZeRO-3, 2 ranks" in result.stdout and len(losses(out)) == 1
 
 
 def test_absent_tracker_is_refused(monkeypatch):

@@ -1,0 +1,177 @@
+# What every job does around its work: an attempt's folder, checks of the nodes, ranks that are told to stop in time, and
+# the decision whether the job comes back. Sourced by the job scripts.
+#
+# Only the files that a run writes are trusted for that decision. Exit codes are not: of a step that is stopped, srun
+# returns 75 or 143 by chance; and of one whose slurmstepd died, 0.
+
+MAX_STUCK=${BGE_ICL_MAX_STUCK:-3}  # starts that gain no step, after which a job stops coming back
+JOB=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}  # requeueing an array's own id restarts all of it
+JOB=${JOB:-$SLURM_JOB_ID}
+ATTEMPT_NAME=$JOB.${SLURM_RESTART_COUNT:-0}
+TERMED=0    # SLURM or its user ends this job: whether it comes back is theirs to say
+STOP=0      # the ranks are to stop and save
+FORWARDED=0
+BEFORE=()   # a command in front of that of each task
+
+# step [options of srun] -- command: run a command as tasks of this job, in the container if there is one.
+step() {
+  local options=()
+  while [ "$1" != -- ]; do options+=("$1"); shift; done
+  shift
+  # shellcheck disable=SC2086  # options and commands of several words
+  exec srun --kill-on-bad-exit=1 --wait=60 $BGE_ICL_CONTAINER ${BGE_ICL_CONTAINER:+--container-workdir="$PWD"} \
+    "${options[@]}" ${BEFORE[@]+"${BEFORE[@]}"} $BGE_ICL_WRAP "$@"
+}
+
+# begin RECIPE [key=value ...] | begin --run RUN: make the attempt's folder. RUN comes from the recipe unless it is given.
+begin() {
+  trap 'STOP=1' USR1
+  trap 'STOP=1 TERMED=1' TERM
+  if [ "$1" = --run ]; then BGE_ICL_RUN=$2; fi
+  RUN=${BGE_ICL_RUN:-$(step --nodes=1 --ntasks=1 -- python pipeline/job_status.py --where --config "$@")} || exit 2
+  ATTEMPT=$RUN/attempts/$ATTEMPT_NAME
+  mkdir -p "$ATTEMPT" || exit 2
+  export BGE_ICL_ATTEMPT=$ATTEMPT
+  newest_step >"$ATTEMPT/before"
+  scontrol show hostnames "$SLURM_JOB_NODELIST" >"$ATTEMPT/nodes"
+  # Newer releases of SLURM say when the job ends; the trainer stops in time by it, with or without a signal.
+  if [ -z "${SLURM_JOB_END_TIME:-}" ]; then
+    local end
+    end=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/.* EndTime=\([^ ]*\).*/\1/p' | head -n 1)
+    if end=$(date -d "$end" +%s 2>/dev/null); then export SLURM_JOB_END_TIME=$end; fi
+  fi
+  env | grep -Ev '(TOKEN|SECRET|PASSWORD|_KEY)[A-Z_]*=' | sort >"$ATTEMPT/env.txt"
+  echo "attempt $ATTEMPT_NAME on $SLURM_JOB_NODELIST: $ATTEMPT"
+}
+
+# The number of steps in the newest checkpoint.
+newest_step() {
+  local newest
+  newest=$(find "$RUN/checkpoints" -maxdepth 1 -name 'step-[0-9]*' 2>/dev/null | sed 's/.*step-0*//' | sort -n | tail -n 1)
+  echo "${newest:-0}"
+}
+
+# check_nodes STAGE RECIPE [key=value ...]: with the tasks that training will have, one a GPU; else with one a node.
+check_nodes() {
+  local stage=$1 tasks=(--ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1)
+  shift
+  if [ "$stage" = train ]; then tasks=("${TASKS[@]}"); fi
+  rm -f "$ATTEMPT/bad_nodes"
+  if (step "${tasks[@]}" -- python pipeline/check_nodes.py --for "$stage" --config "$@"); then return; fi
+  if [ -s "$ATTEMPT/bad_nodes" ] && [ "${BGE_ICL_EXCLUDE:-0}" = 1 ] && [ "$TERMED" = 0 ]; then
+    come_back_without "$(cut -d' ' -f1 "$ATTEMPT/bad_nodes" | sort -u | paste -sd,)"
+  fi
+  finish 2 "failed: the check of the nodes, see above"
+}
+
+# run_ranks command: one task a rank, each with a log of its own; the first one's lines come here too.
+run_ranks() {
+  if [ $TERMED = 1 ]; then finish 143 "stopped: by SLURM or its user, before the ranks were started"; fi
+  touch "$ATTEMPT/rank-0.log"
+  tail -n +1 -F "$ATTEMPT/rank-0.log" 2>/dev/null &
+  local follower=$!
+  # srun must not die of the signal before it can pass it on, nor a rank before it heeds it.
+  BEFORE=(bash -c 'trap "" USR1 TERM; exec "$@"' rank)
+  (trap '' USR1; step --output="$ATTEMPT/rank-%t.log" --open-mode=append "${TASKS[@]}" -- "$@") &
+  local srun=$!
+  while kill -0 $srun 2>/dev/null; do
+    if [ $STOP = 1 ] && [ $FORWARDED = 0 ] && [ -e "$ATTEMPT/ready" ]; then
+      FORWARDED=1
+      echo "asking the ranks to stop and save"
+      kill -USR1 $srun
+    fi
+    sleep 1 &
+    wait $!
+  done
+  wait $srun
+  STEP_CODE=$?
+  sleep 0.2  # the follower's last lines
+  kill $follower 2>/dev/null
+  wait $follower 2>/dev/null
+}
+
+# decide: end the job, or let it come back, by what the run has said and gained.
+decide() {
+  local code=- steps=- reason="srun ended with $STEP_CODE, and the first rank said nothing" saved stuck
+  if [ -s "$ATTEMPT/end" ]; then read -r code steps reason <"$ATTEMPT/end"; fi
+  show_errors "$code"
+  case $code in
+    0) finish 0 "done: $steps steps" ;;
+    2 | 77) finish "$code" "failed: $reason" ;;
+  esac
+  if [ $TERMED = 1 ]; then finish 143 "stopped: by SLURM or its user ($reason); the same job goes on from there"; fi
+  saved=$(newest_step)
+  # shellcheck disable=SC2012
+  stuck=$(cat "$RUN"/attempts/"$JOB".*/before | grep -cx "$saved")
+  if [ "$stuck" -ge "$MAX_STUCK" ]; then
+    finish 1 "gave up: $stuck starts gained no step beyond $saved ($reason); mend the cause and submit again"
+  fi
+  come_back "$reason; $saved steps are saved"
+}
+
+# The first lines that name an error, of each rank's log.
+show_errors() {
+  if [ "$1" = 0 ] || [ "$1" = 75 ]; then return; fi
+  grep -m 1 -H -E 'error: |Error: ' "$ATTEMPT"/rank-*.log | sed "s|^$ATTEMPT/||" | head -n 16
+}
+
+# finish CODE VERDICT: the job ends.
+finish() {
+  echo "$2" | tee "$ATTEMPT/verdict"
+  exit "$1"
+}
+
+# come_back REASON: the same job again, at the end of the queue.
+come_back() {
+  echo "requeued: $1" | tee "$ATTEMPT/verdict"
+  trap 'exit 143' TERM
+  scontrol requeue "$JOB" || finish 1 "failed: scontrol requeue was refused ($1); submit again to go on"
+  sleep 300 &
+  wait $!
+  exit 1
+}
+
+# come_back_without NODES: requeue, and exclude the nodes as soon as SLURM lets a job that no longer runs be changed.
+come_back_without() {
+  echo "requeued: without $1, which the check found bad" | tee "$ATTEMPT/verdict"
+  trap : TERM
+  scontrol requeue "$JOB" || finish 1 "failed: scontrol requeue was refused; exclude $1 and submit again"
+  for _ in $(seq 60); do
+    if scontrol update JobId="$JOB" ExcNodeList="$(excluded "$1")" 2>/dev/null; then exit 1; fi
+    sleep 0.5 &
+    wait $!
+  done
+  scontrol hold "$JOB"
+  finish 1 "failed: $1 could not be excluded; the job is held: scontrol update JobId=$JOB ExcNodeList=$1, then release"
+}
+
+# The nodes that the job excludes already, and these.
+excluded() {
+  local before
+  before=$(scontrol show job "$JOB" | sed -n 's/.*ExcNodeList=\([^ ]*\).*/\1/p' | grep -v '(null)')
+  echo "${before:+$before,}$1"
+}
+
+# run_task command: work that keeps what is finished by itself; at the time limit it is ended, and the job comes back.
+run_task() {
+  if [ $TERMED = 1 ]; then finish 143 "stopped: by SLURM or its user, before the work was started"; fi
+  (trap '' USR1; step "${TASKS[@]}" -- "$@") &
+  local srun=$! code
+  while kill -0 $srun 2>/dev/null; do
+    if [ $STOP = 1 ] && [ $FORWARDED = 0 ]; then
+      FORWARDED=1
+      kill -TERM $srun
+    fi
+    sleep 1 &
+    wait $!
+  done
+  wait $srun
+  code=$?
+  if [ $code = 0 ]; then finish 0 "done"; fi
+  if [ $TERMED = 1 ]; then finish 143 "stopped: by SLURM or its user; the same job goes on from there"; fi
+  if [ $code = 2 ]; then finish 2 "failed: see the error above"; fi
+  if [ $STOP = 0 ] && [ "${SLURM_RESTART_COUNT:-0}" -ge "$MAX_STUCK" ]; then
+    finish 1 "gave up: ended with $code after ${SLURM_RESTART_COUNT} restarts; mend the cause and submit again"
+  fi
+  come_back "ended with $code"
+}
