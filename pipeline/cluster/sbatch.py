@@ -1,0 +1,175 @@
+"""Talking to SLURM: which partitions there are, which jobs it knows, whether it would take one; submit, take back.
+
+Only sinfo, squeue, sbatch, scancel and srun are asked: sacct does not answer on every site.
+"""
+
+import math
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from pipeline.cluster.findings import ERROR, NOTE, OK, UNCHECKED, Finding, tried
+from pipeline.cluster.job_states import OVER, ask_slurm
+from pipeline.cluster.job_text import Job
+from pipeline.cluster.options import FROM_ENVIRONMENT, Options
+from pipeline.cluster.run_folder import read_attempts, submitted_jobs
+from pipeline.cluster.wording import format_time, parse_time
+
+TOOLS = ("sbatch", "squeue", "sinfo", "scancel")
+SECONDS = 120  # that a busy controller may take to answer
+
+
+@dataclass(frozen=True)
+class Partition:
+    """What sinfo says of one."""
+
+    limit: float  # seconds
+    nodes: int
+    cpus: int  # of the largest node
+    is_default: bool
+
+
+def check_cluster(options: Options, jobs: Sequence[Job], run: Path, dry: bool) -> list[Finding]:
+    """What SLURM itself says of the jobs, and of others that belong to the run folder. `dry`: SLURM may be missing."""
+    if missing := [tool for tool in TOOLS if shutil.which(tool) is None]:
+        what = "partition, limits, account, other jobs of this run, expected start"
+        if not dry:
+            what = "submit from a login node of a SLURM cluster (module load slurm?); --dry-run shows jobs without it"
+        return [Finding(UNCHECKED if dry else ERROR, "slurm", f"{missing[0]} is not on the PATH: {what}")]
+    try:
+        partitions = read_partitions()
+    except ValueError as error:  # a machine with the tools alone, or a controller that is away: nobody would answer
+        return [Finding(UNCHECKED if dry else ERROR, "slurm", f"SLURM does not answer: {error}")]
+    findings = tried("jobs", lambda: require_free(run))
+    findings += tried("partition", lambda: check_partitions(partitions, options, [job.stage for job in jobs]))
+    findings += tried("container", lambda: check_container(options)) if options.container else []
+    for job in jobs:
+        findings += tried(job.stage, partial(try_job, job))
+    defaults = [f"SBATCH_{name.upper()}" for name in FROM_ENVIRONMENT]
+    if unused := sorted(name for name in os.environ if name.startswith("SBATCH_") and name not in defaults):
+        text = f"{', '.join(unused)} of the environment: not used, job texts hold every option; --sbatch adds some"
+        findings.append(Finding(NOTE, "slurm", text))
+    return findings
+
+
+def check_partitions(known: Mapping[str, Partition], options: Options, stages: Sequence[str]) -> str:
+    """The partitions exist, have so many nodes of that size, and do not end jobs before the jobs' own time limits."""
+    asked = options.places.get("partition") or next((name for name in known if known[name].is_default), "")
+    if not asked:
+        raise ValueError(f"--partition is not given and there is no default one; known: {', '.join(known)}")
+    for name in asked.split(","):
+        if name not in known:
+            raise ValueError(f"--partition {name!r} does not exist; known: {', '.join(known)}")
+    some = [known[name] for name in asked.split(",")]
+    limit, nodes, cpus = (max(getattr(one, name) for one in some) for name in ("limit", "nodes", "cpus"))
+    for stage in stages:
+        flag = "--time" if stage == "train" else f"--{stage}-time"
+        if parse_time(flag, options.time[stage]) > limit:
+            raise ValueError(
+                f"{flag} {options.time[stage]} is above the limit of partition {asked}, {format_time(limit)}; lower "
+                "it: a job that is not done by then comes back by itself"
+            )
+    if "train" in stages and options.nodes[0] > nodes:
+        raise ValueError(f"--nodes {options.nodes[0]}: partition {asked} has {nodes}; ask for fewer, or name another")
+    if "train" in stages and (wanted := options.tasks_per_node * options.cpus_per_task) > cpus:
+        raise ValueError(
+            f"{options.tasks_per_node} tasks a node with --cpus-per-task {options.cpus_per_task} are {wanted} cores, "
+            f"and the largest node of partition {asked} has {cpus}; lower one of them"
+        )
+    default = "" if options.places.get("partition") else " (the default)"
+    return f"{asked}{default}: {nodes} nodes, up to {cpus} cores each, time limit {format_time(limit)}"
+
+
+def read_partitions() -> dict[str, Partition]:
+    """Name -> what sinfo says of a partition, which may have several lines: one for each kind of nodes."""
+    found: dict[str, Partition] = {}
+    for line in _ask("sinfo", "--noheader", "--all", "--exact", "--format=%P|%l|%D|%c").splitlines():
+        name, limit, nodes, cpus = line.strip().split("|")
+        unlimited = limit.lower() in ("infinite", "n/a", "unlimited")
+        seconds = math.inf if unlimited else parse_time("sinfo's limit", limit)
+        before = found.get(name.rstrip("*"))
+        found[name.rstrip("*")] = Partition(
+            seconds,
+            int(nodes) + (before.nodes if before else 0),
+            max(int(cpus.rstrip("+")), before.cpus if before else 0),
+            name.endswith("*"),
+        )
+    return found
+
+
+def require_free(run: Path) -> list[Finding]:
+    """ValueError where a job that belongs to the run folder waits or runs."""
+    found, unknown = ask_slurm([*submitted_jobs(run), *(attempt.job for attempt in read_attempts(run))])
+    if unknown:
+        return [Finding(UNCHECKED, "jobs", f"whether jobs of {run} wait or run: {unknown}")]
+    if active := {job.id: job.state for job in found if job.state not in OVER}:
+        jobs = ", ".join(f"{id} ({state.lower()})" for id, state in active.items())
+        raise ValueError(
+            f"run.output_dir={run} is in use by job {jobs}: wait for it (bge-icl status {run}), scancel it, or name "
+            "another run.output_dir"
+        )
+    return [Finding(OK, "jobs", f"no job of {run} waits or runs")]
+
+
+def check_container(options: Options) -> str:
+    """The options of a container are known to this srun: they are of a plugin, pyxis."""
+    option = options.container.split("=")[0].split()[0]
+    if shutil.which("srun") is not None and option not in _ask("srun", "--help"):
+        raise ValueError(
+            f"--container: this srun has no {option} (no pyxis here?); use --wrap 'apptainer exec --nv IMAGE'"
+        )
+    return options.container
+
+
+def try_job(job: Job) -> str:
+    """What sbatch --test-only says of a job: when it would start; ValueError where it would not be taken."""
+    result = _run(("sbatch", "--test-only"), job.text)
+    if result.returncode:
+        raise ValueError(f"sbatch --test-only refuses the {job.stage} job: {_message(result)}")
+    return f"sbatch --test-only: {_message(result)}"
+
+
+def submit(script: Path, after: str) -> tuple[str, list[str]]:
+    """(job id, command line) of a job that was submitted, to run when job `after`, if there is one, ended well."""
+    command = ["sbatch", "--parsable", *([f"--dependency=afterok:{after}"] if after else []), str(script)]
+    result = _run(command)
+    if result.returncode:
+        raise ValueError(f"{' '.join(command)} failed: {_message(result)}")
+    return result.stdout.strip().splitlines()[-1].split(";")[0], command
+
+
+def cancel(ids: Sequence[str]) -> str:
+    """Take jobs back; what became of that, in words."""
+    result = _run(("scancel", *ids))
+    jobs = " ".join(ids)
+    return f"scancel {jobs} failed ({_message(result)}): do it by hand" if result.returncode else f"{jobs} taken back"
+
+
+def _ask(*command: str) -> str:
+    """A tool's output; ValueError where it fails."""
+    result = _run(command)
+    if result.returncode:
+        raise ValueError(f"{command[0]} failed: {_message(result)}")
+    return result.stdout
+
+
+def _run(command: Sequence[str], text: str | None = None) -> subprocess.CompletedProcess[str]:
+    """Without SBATCH_*, which would have the last word over what the job text says and what was checked."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("SBATCH_")}
+    try:
+        return subprocess.run(
+            command, input=text, capture_output=True, text=True, errors="replace", env=environment, timeout=SECONDS
+        )
+    except subprocess.TimeoutExpired:
+        raise ValueError(f"{command[0]} has not answered for {SECONDS} s; try again when the controller does") from None
+
+
+def _message(result: subprocess.CompletedProcess[str]) -> str:
+    """What a tool says, on one line."""
+    lines = (result.stderr.strip() or result.stdout.strip()).splitlines()
+    return "; ".join(re.sub(r"^\w+: (error: |fatal: )?", "", line) for line in lines) or "without a word"

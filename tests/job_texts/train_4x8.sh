@@ -1,0 +1,39 @@
+#!/usr/bin/env bash
+# bge-icl submit: train of recipes/bge_en_icl_full.yaml model.name=/shared/mistral data.root=/shared/rows data.store=/shared/store run.output_dir=/shared/runs/full (commit 0123456)
+# It runs the copy of the code beside it: later edits of the checkout do not reach it.
+#SBATCH --job-name=full-train
+#SBATCH --nodes=4
+#SBATCH --ntasks-per-node=8
+#SBATCH --gpus-per-node=h100:8
+#SBATCH --cpus-per-task=8
+#SBATCH --time=24:00:00
+#SBATCH --partition=long
+#SBATCH --account=team
+#SBATCH --signal=B:USR1@300
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --kill-on-invalid-dep=yes
+#SBATCH --chdir=/shared/runs/full/jobs/20300101-000000-0123456/code
+#SBATCH --output=/shared/runs/full/attempts/full-train-%j.log
+
+export BGE_ICL_RUN=/shared/runs/full
+export BGE_ICL_MAX_STUCK=3
+export BGE_ICL_EXCLUDE=0
+set -- /shared/runs/full/jobs/20300101-000000-0123456/recipe.yaml
+
+set -uo pipefail
+if [ ! -f slurm/protocol.sh ]; then echo "error: $PWD holds no slurm/; sbatch from the repository's folder" >&2; exit 2; fi
+source slurm/env.sh
+source slurm/protocol.sh
+TASKS=(--ntasks="$SLURM_NTASKS")
+
+begin "$@"
+check_nodes train "$@"
+if [ -n "$BGE_ICL_NODE_STORE" ]; then
+  store=$BGE_ICL_NODE_STORE/store-$SLURM_JOB_ID
+  (step --ntasks-per-node=1 --ntasks="$SLURM_JOB_NUM_NODES" -- python pipeline/check_nodes.py --copy-store "$store" --config "$@") ||
+    finish 2 "failed: the token store could not be copied to $BGE_ICL_NODE_STORE on every node"
+  set -- "$@" "data.store=$store"
+fi
+run_ranks python pipeline/train.py --config "$@"
+decide
