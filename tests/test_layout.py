@@ -12,7 +12,18 @@ from pipeline.command_line import COMMANDS
 
 ROOT = Path(__file__).resolve().parents[1]
 PIPELINE = ROOT / "pipeline"
-ROOMS = ("data", "model", "runtime", "inference", "evaluation", "mining", "planning", "reporting", "training")
+ROOMS = (
+    "data",
+    "model",
+    "runtime",
+    "inference",
+    "evaluation",
+    "mining",
+    "planning",
+    "reporting",
+    "training",
+    "cluster",
+)
 
 # What a room may import from the pipeline. Entries (the other files directly in pipeline/) may import all of it, and
 # nobody imports an entry.
@@ -31,6 +42,7 @@ ALLOWED = {
     "planning": LEAVES | {"settings", "data", "model", "planning"},
     "mining": LEAVES | {"settings", "data", "inference", "mining"},
     "training": LEAVES | {"settings", "data", "model", "runtime", "inference", "evaluation", "training"},
+    "cluster": LEAVES | {"settings", "data", "model", "runtime", "planning", "cluster"},
     "entry": LEAVES | {"settings", *ROOMS},
 }
 
@@ -160,8 +172,9 @@ def readme_claims(text: str) -> tuple[set[str], set[str]]:
     return paths, commands
 
 
-def test_readme_names_what_exists() -> None:
-    paths, commands = readme_claims((ROOT / "README.md").read_text(encoding="utf-8"))
+@pytest.mark.parametrize("readme", ["README.md", "slurm/README.md"])
+def test_readme_names_what_exists(readme: str) -> None:
+    paths, commands = readme_claims((ROOT / readme).read_text(encoding="utf-8"))
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     known = {f"make {target}" for target in re.findall(r"^([a-z][a-z-]*):", makefile, flags=re.MULTILINE)}
     known |= {f"bge-icl {command}" for command in COMMANDS}
