@@ -17,7 +17,7 @@ from pathlib import Path
 from pipeline.cluster.node_checks import STAGES, describe, judge, look_around
 from pipeline.settings import Settings, load_settings
 
-PATIENCE = 45.0  # seconds for what the slowest node may need: it reads its share of the store meanwhile
+PATIENCE = 300.0  # seconds that the slowest node may need: a first import of torch over a busy network
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -41,6 +41,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     try:
         settings = load_settings(arguments.config, arguments.overrides)
+    except (ValueError, OSError) as error:
+        if os.environ.get("SLURM_PROCID", "0") == "0":
+            report([f"  error: {error}"])  # a verdict: the job need not come back for it
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    try:
         if arguments.copy_store:
             copy_store(Path(settings.data.store), arguments.copy_store)
             return 0
@@ -53,11 +59,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def check(stage: str, settings: Settings, patience: float) -> int:
     """Look around, meet, compare; 0 if all is well on every node, else 2."""
     # Late: a wrong command line should not have to wait for torch.
-    from pipeline.cluster.meeting import announce, collect, measure_all_reduce, open_meeting, tell
-    from pipeline.runtime.ranks import read_ranks
+    from pipeline.cluster.meeting import announce, collect, measure_all_reduce, open_meeting, take_place, tell
 
     started = time.monotonic()
-    ranks = read_ranks()
+    ranks = take_place()
     store = open_meeting(ranks, patience)
     tell(store, look_around(stage, settings, ranks.rank, ranks.world_size))
     verdict = ""
@@ -114,4 +119,9 @@ def copy_store(source: Path, target: Path) -> None:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    code = main()
+    if "torch" in sys.modules:
+        from pipeline.runtime.watch import leave
+
+        leave(code)
+    raise SystemExit(code)

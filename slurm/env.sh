@@ -1,10 +1,19 @@
 # The environment of every job, sourced by the job scripts: what differs between sites is here. Lines marked EDIT are for
 # you; the rest keeps what the submitting shell happens to hold away from the ranks.
 
+# Ranks take their places from SLURM_*; a RANK or MASTER_ADDR of the submitting shell would split the job into runs of one.
+unset RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT PYTHONHOME OMP_NUM_THREADS
+for name in $(compgen -e | grep -E '^(NCCL|GLOO|TORCH_NCCL|TORCHELASTIC)_' || true); do unset "$name"; done
+# What modules set below stays. sbatch --export=NONE leaves this behind, and then srun's tasks have no PATH.
+unset SLURM_EXPORT_ENV
+
+# The code of this folder and no other; nothing beside the script that is run.
+export PYTHONPATH="$PWD:$PWD/kernels" PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1 PYTHONFAULTHANDLER=1
+if [ -d .venv ]; then export PATH="$PWD/.venv/bin:$PATH"; fi
+
 # EDIT: how python is found on compute nodes: modules and a virtual environment, or a container (below).
 # module purge; module load cuda/12.8
 # source /path/to/venv/bin/activate
-if [ -d .venv ]; then export PATH="$PWD/.venv/bin:$PATH"; fi
 
 # EDIT: a container. One of: options of srun (pyxis), or a command before every python (apptainer). The job script itself
 # stays outside, where scontrol is.
@@ -21,14 +30,6 @@ export HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HF_DATASETS_OFFLINE=1  # compute 
 # EDIT: a folder on each node's own disk, to which the token store is copied before training (empty: it is read in place).
 BGE_ICL_NODE_STORE=${BGE_ICL_NODE_STORE:-}
 
-# Ranks take their places from SLURM_*; a RANK or MASTER_ADDR of the submitting shell would split the job into runs of one.
-unset RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT PYTHONHOME CUDA_VISIBLE_DEVICES_ORIG
-for name in $(compgen -e | grep -E '^(NCCL|GLOO|TORCH_NCCL|TORCHELASTIC)_' || true); do unset "$name"; done
-# sbatch --export=NONE leaves this behind, and then srun's tasks have no PATH.
-unset SLURM_EXPORT_ENV
-
-# The code of this folder and no other; nothing beside the script that is run.
-export PYTHONPATH="$PWD:$PWD/kernels" PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1 PYTHONFAULTHANDLER=1
 export TOKENIZERS_PARALLELISM=false
 export NCCL_DEBUG=WARN TORCH_NCCL_ASYNC_ERROR_HANDLING=1
 if [ -n "${BGE_ICL_INTERFACE:-}" ]; then

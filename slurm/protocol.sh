@@ -19,7 +19,7 @@ step() {
   while [ "$1" != -- ]; do options+=("$1"); shift; done
   shift
   # shellcheck disable=SC2086  # options and commands of several words
-  exec srun --kill-on-bad-exit=1 --wait=60 $BGE_ICL_CONTAINER ${BGE_ICL_CONTAINER:+--container-workdir="$PWD"} \
+  exec srun --distribution=block --kill-on-bad-exit=1 --wait=60 $BGE_ICL_CONTAINER ${BGE_ICL_CONTAINER:+--container-workdir="$PWD"} \
     "${options[@]}" ${BEFORE[@]+"${BEFORE[@]}"} $BGE_ICL_WRAP "$@"
 }
 
@@ -32,6 +32,7 @@ begin() {
   ATTEMPT=$RUN/attempts/$ATTEMPT_NAME
   mkdir -p "$ATTEMPT" || exit 2
   export BGE_ICL_ATTEMPT=$ATTEMPT
+  rm -f "$ATTEMPT"/{ready,end,verdict,bad_nodes,preflight.txt}  # of another job that had this id: ids begin anew
   newest_step >"$ATTEMPT/before"
   scontrol show hostnames "$SLURM_JOB_NODELIST" >"$ATTEMPT/nodes"
   # Newer releases of SLURM say when the job ends; the trainer stops in time by it, with or without a signal.
@@ -40,7 +41,9 @@ begin() {
     end=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/.* EndTime=\([^ ]*\).*/\1/p' | head -n 1)
     if end=$(date -d "$end" +%s 2>/dev/null); then export SLURM_JOB_END_TIME=$end; fi
   fi
-  env | grep -Ev '(TOKEN|SECRET|PASSWORD|_KEY)[A-Z_]*=' | sort >"$ATTEMPT/env.txt"
+  # What explains a run, and no secret: others may read the run folder.
+  env | grep -E '^(SLURM|BGE_ICL|NCCL|GLOO|CUDA|DS|OMP|TORCH|TRITON|PYTHON|SRUN)[A-Z_]*=|^(PATH|LD_LIBRARY_PATH|HF_HOME)=' |
+    sort >"$ATTEMPT/env.txt"
   echo "attempt $ATTEMPT_NAME on $SLURM_JOB_NODELIST: $ATTEMPT"
 }
 
@@ -56,12 +59,17 @@ check_nodes() {
   local stage=$1 tasks=(--ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1)
   shift
   if [ "$stage" = train ]; then tasks=("${TASKS[@]}"); fi
-  rm -f "$ATTEMPT/bad_nodes"
-  if (step "${tasks[@]}" -- python pipeline/check_nodes.py --for "$stage" --config "$@"); then return; fi
+  # One task's fault must not end the others before the first one has judged.
+  if (step "${tasks[@]}" --kill-on-bad-exit=0 --wait=0 -- python pipeline/check_nodes.py --for "$stage" \
+    --patience "${BGE_ICL_PATIENCE:-300}" --config "$@"); then return; fi
+  if [ "$(cat "$RUN"/attempts/"$JOB".*/bad_nodes 2>/dev/null | wc -l)" -ge $((4 * MAX_STUCK)) ]; then
+    finish 2 "gave up: the checks of $JOB found too many bad nodes: see bad_nodes of its attempts"
+  fi
   if [ -s "$ATTEMPT/bad_nodes" ] && [ "${BGE_ICL_EXCLUDE:-0}" = 1 ] && [ "$TERMED" = 0 ]; then
     come_back_without "$(cut -d' ' -f1 "$ATTEMPT/bad_nodes" | sort -u | paste -sd,)"
   fi
-  finish 2 "failed: the check of the nodes, see above"
+  if grep -q '^  error: ' "$ATTEMPT/preflight.txt" 2>/dev/null; then finish 2 "failed: the check of the nodes, see above"; fi
+  come_back_unless_stuck "the check of the nodes came to no verdict"
 }
 
 # run_ranks command: one task a rank, each with a log of its own; the first one's lines come here too.
@@ -92,21 +100,26 @@ run_ranks() {
 
 # decide: end the job, or let it come back, by what the run has said and gained.
 decide() {
-  local code=- steps=- reason="srun ended with $STEP_CODE, and the first rank said nothing" saved stuck
+  local code=- steps=- reason="srun ended with $STEP_CODE, and the first rank said nothing"
   if [ -s "$ATTEMPT/end" ]; then read -r code steps reason <"$ATTEMPT/end"; fi
   show_errors "$code"
   case $code in
     0) finish 0 "done: $steps steps" ;;
     2 | 77) finish "$code" "failed: $reason" ;;
   esac
-  if [ $TERMED = 1 ]; then finish 143 "stopped: by SLURM or its user ($reason); the same job goes on from there"; fi
+  come_back_unless_stuck "$reason"
+}
+
+# come_back_unless_stuck REASON: requeue, unless this job's last starts gained no step, or its end is not its own.
+come_back_unless_stuck() {
+  local saved stuck
+  if [ $TERMED = 1 ]; then finish 143 "stopped: by SLURM or its user ($1); the same job goes on from there"; fi
   saved=$(newest_step)
-  # shellcheck disable=SC2012
   stuck=$(cat "$RUN"/attempts/"$JOB".*/before | grep -cx "$saved")
   if [ "$stuck" -ge "$MAX_STUCK" ]; then
-    finish 1 "gave up: $stuck starts gained no step beyond $saved ($reason); mend the cause and submit again"
+    finish 1 "gave up: $stuck starts gained no step beyond $saved ($1); mend the cause and submit again"
   fi
-  come_back "$reason; $saved steps are saved"
+  come_back "$1; $saved steps are saved"
 }
 
 # The first lines that name an error, of each rank's log.
@@ -125,7 +138,11 @@ finish() {
 come_back() {
   echo "requeued: $1" | tee "$ATTEMPT/verdict"
   trap 'exit 143' TERM
-  scontrol requeue "$JOB" || finish 1 "failed: scontrol requeue was refused ($1); submit again to go on"
+  for _ in $(seq 30); do  # a controller that is busy or starts anew refuses for a while
+    if scontrol requeue "$JOB"; then break; fi
+    sleep 10 &
+    wait $!
+  done
   sleep 300 &
   wait $!
   exit 1
@@ -133,16 +150,17 @@ come_back() {
 
 # come_back_without NODES: requeue, and exclude the nodes as soon as SLURM lets a job that no longer runs be changed.
 come_back_without() {
+  local nodes
+  nodes=$(excluded "$1")  # before the requeue: SLURM ends what runs here then, and an empty list would be taken as one
   echo "requeued: without $1, which the check found bad" | tee "$ATTEMPT/verdict"
-  trap : TERM
+  trap '' TERM  # for the commands below too
   scontrol requeue "$JOB" || finish 1 "failed: scontrol requeue was refused; exclude $1 and submit again"
   for _ in $(seq 60); do
-    if scontrol update JobId="$JOB" ExcNodeList="$(excluded "$1")" 2>/dev/null; then exit 1; fi
-    sleep 0.5 &
-    wait $!
+    if scontrol update JobId="$JOB" ExcNodeList="$nodes" 2>/dev/null; then exit 1; fi
+    sleep 0.5
   done
   scontrol hold "$JOB"
-  finish 1 "failed: $1 could not be excluded; the job is held: scontrol update JobId=$JOB ExcNodeList=$1, then release"
+  finish 1 "failed: $1 could not be excluded; the job is held: scontrol update JobId=$JOB ExcNodeList=$nodes, then release"
 }
 
 # The nodes that the job excludes already, and these.

@@ -10,6 +10,7 @@ from launching import REPOSITORY, launch_ranks
 from tiny_run import make_tiny_run
 
 from pipeline.check_nodes import main
+from pipeline.cluster import node_checks
 from pipeline.cluster.meeting import hosts_of_ranks
 from pipeline.cluster.node_checks import Found, checkpoint_bytes, describe, judge, look_around, require_space
 from pipeline.preprocess import main as preprocess
@@ -45,6 +46,28 @@ def test_other_versions_are_named() -> None:
     assert judge(same, {}) == ([], {})
     lines, bad = judge([*same, found(6, code="b", torch="2.13")], {})
     assert lines == ["rank 6 on n3: code is b, elsewhere a"] and bad == {"n3": "code is b, elsewhere a"}
+
+
+def test_of_two_that_differ_nobody_is_blamed() -> None:
+    lines, bad = judge([found(0, code="a"), found(1, code="a"), found(2, code="b"), found(3, code="b")], {})
+    assert len(lines) == 2 and bad == {}
+
+
+def test_any_error_of_a_check_is_told(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(notes: dict[str, str]) -> None:
+        raise RuntimeError("CUDA error: uncorrectable ECC error\nencountered")
+
+    monkeypatch.setattr(node_checks, "check_gpu", broken)
+    faults = look_around("train", load_settings(recipe), 0, 1).faults
+    assert faults == ("GPU: CUDA error: uncorrectable ECC error encountered",)
+
+
+def test_checkpoints_that_lie_there_need_no_more_space(recipe: Path, tmp_path: Path) -> None:
+    settings = load_settings(recipe, [f"run.output_dir={tmp_path}"])
+    before = checkpoint_bytes(settings)
+    for step in (1, 2):
+        (tmp_path / "checkpoints" / f"step-{step:06d}").mkdir(parents=True)
+    assert checkpoint_bytes(settings) == before * 16 // 40
 
 
 def test_what_was_found_is_shown() -> None:

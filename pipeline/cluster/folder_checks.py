@@ -73,13 +73,14 @@ def check_resume(facts: Facts) -> list[Finding]:
 
 def check_disk(facts: Facts) -> list[Finding]:
     """Room for the checkpoints that are kept, and the one that is being written."""
-    saving, kept = facts.saving, facts.settings.run.keep_last + 1
+    saving, there_now = facts.saving, len(list((facts.run / "checkpoints").glob("step-*")))
+    coming = max(1, facts.settings.run.keep_last + 1 - there_now)  # those that lie there have their place
     there = next(path for path in (facts.run, *facts.run.parents) if path.exists())
     free = shutil.disk_usage(there).free
     if saving is None:
         return [Finding(UNCHECKED, "disk", f"{free / 1e9:,.1f} GB free; a checkpoint's size: {facts.no_saving}")]
-    need = kept * saving.num_bytes
-    parts = f"{kept} checkpoints of {saving.num_bytes / 1e9:,.3f} GB ({saving.source})"
+    need = coming * saving.num_bytes
+    parts = f"{coming} more checkpoints of {saving.num_bytes / 1e9:,.3f} GB ({saving.source})"
     if free < need:
         raise ValueError(f"{there} has {free / 1e9:,.1f} GB free, and {parts} need {need / 1e9:,.1f}; free some")
     return [Finding(OK, "disk", f"{parts}, {free / 1e9:,.1f} GB free")]

@@ -13,10 +13,21 @@ import torch.distributed as dist
 
 from pipeline.cluster.node_checks import Found
 from pipeline.runtime.launch import expand_counts
-from pipeline.runtime.ranks import Ranks
+from pipeline.runtime.ranks import Ranks, read_ranks
 
 MIB = 1 << 20
 ROUNDS = 5
+
+
+def take_place() -> Ranks:
+    """This task's place. One that has no GPU of its own is no error here: it comes, and tells."""
+    try:
+        return read_ranks()
+    except ValueError:
+        if "RANK" not in os.environ:
+            raise
+        rank, world_size, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+        return Ranks(rank, world_size, local, torch.device("cpu"))
 
 
 def open_meeting(ranks: Ranks, patience: float) -> dist.TCPStore:
@@ -117,5 +128,6 @@ def measure_all_reduce(store: dist.TCPStore, ranks: Ranks, patience: float) -> s
                 raise ValueError(f"all-reduce over {world} ranks gives {total}, not {world * (world + 1) / 2}")
     except (dist.DistError, RuntimeError) as error:
         raise ValueError(f"all-reduce over {ranks.world_size} ranks fails: {str(error).splitlines()[0]}") from error
+    dist.destroy_process_group()
     bandwidth = 2 * (world - 1) / world * size / best
     return f"{world} ranks, right; {size // MIB} MiB in {1e3 * best:.1f} ms, {bandwidth / 1e9:.2f} GB/s a rank"

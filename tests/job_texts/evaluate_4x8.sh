@@ -22,17 +22,17 @@ export BGE_ICL_MAX_STUCK=3
 export BGE_ICL_EXCLUDE=0
 set -- /shared/runs/full /shared/words
 
-set -uo pipefail
 if [ ! -f slurm/protocol.sh ]; then echo "error: $PWD holds no slurm/; sbatch from the repository's folder" >&2; exit 2; fi
-source slurm/env.sh
+source slurm/env.sh  # before -u: what modules and conda run does not bear it
+set -uo pipefail
 source slurm/protocol.sh
 TASKS=(--ntasks=1)
-RUN_FOLDER=$1
+RUN_FOLDER=${1:?name a run folder, and tasks}
 shift
 index=$((${SLURM_ARRAY_TASK_ID:-0} + 1))
 if [ $index -gt $# ]; then echo "error: array task $((index - 1)), but there are $# tasks to score" >&2; exit 2; fi
 
 begin --run "$RUN_FOLDER"
-check_nodes evaluate "$RUN_FOLDER/settings.yaml"
+check_nodes evaluate "$RUN_FOLDER/settings.yaml" "run.output_dir=$RUN_FOLDER"
 # shellcheck disable=SC2086  # options are several words
 run_task python pipeline/evaluate_embedder.py --run "$RUN_FOLDER" --task "${!index}" ${BGE_ICL_EVALUATE:-}

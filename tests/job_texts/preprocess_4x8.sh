@@ -19,14 +19,14 @@ export BGE_ICL_MAX_STUCK=3
 export BGE_ICL_EXCLUDE=0
 set -- /shared/runs/full/jobs/20300101-000000-0123456/recipe.yaml
 
-set -uo pipefail
 if [ ! -f slurm/protocol.sh ]; then echo "error: $PWD holds no slurm/; sbatch from the repository's folder" >&2; exit 2; fi
-source slurm/env.sh
+source slurm/env.sh  # before -u: what modules and conda run does not bear it
+set -uo pipefail
 source slurm/protocol.sh
 TASKS=(--ntasks="$SLURM_NTASKS")
 MPI=${BGE_ICL_MPI:-pmi2}      # EDIT: what the site's MPI speaks; the mpich wheel of the extra `mpi` speaks pmi2
 
-begin "$@"
+begin "${1:?name a recipe}" "${@:2}"
 check_nodes preprocess "$@"
 if [ "$SLURM_NTASKS" -gt 1 ]; then TASKS+=(--mpi="$MPI"); fi
 run_task python pipeline/preprocess.py --config "$@"
