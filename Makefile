@@ -2,7 +2,8 @@
 SHELL := /usr/bin/env bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help install test format demo prove-main prove-kernels prove-data prove-trainer prove-inference clean
+.PHONY: help install test test-slurm format demo prove-main prove-kernels prove-data prove-trainer prove-inference \
+  prove-slurm clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -43,6 +44,11 @@ test: $(STAMP)  ## lint, format check, types and tests (ARGS="-k name" goes to p
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
+# Nothing is skipped: where the cluster cannot be started the tests fail and say why.
+test-slurm: $(STAMP)  ## jobs on a real SLURM cluster of virtual nodes (Linux, root; installs Debian's packages if missing)
+	bash tests/slurm_cluster.sh install
+	$(BIN)/python -m pytest -n 0 -m slurm --durations=0 tests/test_slurm.py $(ARGS)
+
 format: $(STAMP)  ## put the code in form
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -74,6 +80,10 @@ prove-inference: $(STAMP)  ## check what the README says of inference, exports a
 
 prove-trainer: $(STAMP)  ## check what the README says of training runs (DATA=folder with training data; about an hour)
 	$(BIN)/python benchmarks/prove.py trainer $(if $(DATA),--data $(DATA))
+
+prove-slurm: $(STAMP)  ## disturb jobs 20 times on a SLURM cluster of virtual nodes (Linux, root; a quarter of an hour)
+	bash tests/slurm_cluster.sh install
+	$(BIN)/python benchmarks/prove.py slurm $(if $(DATA),--data $(DATA))
 
 clean:  ## remove run results and caches (.venv stays)
 	rm -rf runs build .pytest_cache .ruff_cache .mypy_cache .hypothesis *.egg-info

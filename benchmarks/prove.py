@@ -12,6 +12,7 @@ from pathlib import Path
 
 from prove_data import prove_data
 from prove_inference import prove_inference
+from prove_slurm import prove_slurm
 from prove_trainer import prove_trainer
 from proving import (
     REPOSITORY,
@@ -274,7 +275,7 @@ def compare_ways(claim: str, target: str, ways: dict[str, Row], limit_ms: float 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("topic", choices=["main", "kernels", "data", "trainer", "inference"])
+    parser.add_argument("topic", choices=["main", "kernels", "data", "trainer", "inference", "slurm"])
     parser.add_argument("--data", type=Path, default=QUICKSTART / "data", help="folder of raw training files")
     parser.add_argument("--only", default="", help="one part of the topic trainer, for example kills")
     arguments = parser.parse_args(argv)
@@ -289,6 +290,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         rows = prove_trainer(arguments.data, arguments.only)
     elif arguments.topic == "inference":
         rows = prove_inference(arguments.data)
+    elif arguments.topic == "slurm":
+        rows = prove_slurm(arguments.data)
     else:
         rows = prove_kernels()
     name = f"{arguments.topic}_{arguments.only}" if arguments.only else arguments.topic
