@@ -87,23 +87,22 @@ def disturb(place: Place) -> tuple[list[Recovery], list[Path], str]:
     rng = random.Random(0)
     events = [event for event, count in COUNTS.items() for _ in range(count)]
     rng.shuffle(events)
-    # A limit belongs to a job from the beginning, so it is the first one's.
-    events.sort(key=lambda event: event != "time limit")
     recoveries: list[Recovery] = []
     runs: list[Path] = []
     try:
         while len(recoveries) < len(events):
             runs.append(WORK / f"run_slurm_{len(runs)}")
             shutil.rmtree(runs[-1], ignore_errors=True)
+            log(runs[-1]).unlink(missing_ok=True)
             disturb_run(place, runs[-1], events, recoveries, rng)
     except AssertionError as error:
-        return recoveries, runs, f"{events[len(recoveries)]}: {error}"
+        return recoveries, runs, f"; {(*events, 'the last steps')[len(recoveries)]}: {error}"
     return recoveries, runs, ""
 
 
 def disturb_run(place: Place, out: Path, events: list[str], recoveries: list[Recovery], rng: random.Random) -> None:
     """One run from its first to its last step, disturbed every so many steps by the events that have not been yet."""
-    job = submit_run(place, out, *(["--time=2", "--signal=B:USR1@90"] if not recoveries else []))
+    job = submit_run(place, out)
     attempt = wait_for_attempt(out, job, set(), lambda: False)
     while len(recoveries) < len(events) and attempt is not None:
         event = events[len(recoveries)]
@@ -124,10 +123,10 @@ def disturb_once(
 ) -> tuple[str, Path | None, Recovery]:
     """Disturb a run and wait until it has taken a step, or ended; (its job, its attempt if it goes on, what came)."""
     ranks, known = ranks_of(job), set((out / "attempts").iterdir())
-    assert len(ranks) == 2 or event == "time limit", f"ranks {ranks} of job {job}, whose run is in its middle"
+    assert len(ranks) == 2, f"ranks {ranks} of job {job}, whose run should be in its middle: {tail(log(out))}"
     started = time.time()
     job, repair = EVENTS[event](place, out, job, attempt, rng)
-    if event == "time limit":  # known only now when it came
+    if event == "time limit":  # when SLURM gave the signal, within a second
         started = (attempt / "end").stat().st_mtime
     wait_until(lambda: not any(alive(pid) for pid in ranks.values()), BOUND, lambda: f"ranks {ranks} are still there")
     gone = time.time() - started
@@ -142,12 +141,12 @@ def disturb_once(
     return job, found, recovery
 
 
-def submit_run(place: Place, out: Path, *options: str) -> str:
+def submit_run(place: Place, out: Path) -> str:
     """slurm/train.sbatch by hand, in the partition whose jobs may be preempted; the run is that of `run_command`."""
     command = run_command(place.recipe, out)
     words = command[command.index("--config") + 1 :]
     own = ["--partition=low", "--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=0", "--cpus-per-task=1"]
-    own += ["--time=60", f"--output={log(out)}", *options]
+    own += ["--time=60", f"--output={log(out)}"]
     return submit(place.cluster, *own, "slurm/train.sbatch", *words, variables=ONE_THREAD)
 
 
@@ -201,8 +200,9 @@ def nothing() -> None:
 
 
 def reach_limit(place: Place, out: Path, job: str, attempt: Path, rng: random.Random) -> Disturbed:
-    """SLURM gives the signal when it looks, each half minute, and up to a minute early."""
-    wait_until(lambda: (attempt / "end").exists(), 2 * BOUND, lambda: f"no signal before the limit: {tail(log(out))}")
+    """A limit so near that it is time for the signal, which SLURM gives when it looks, each half minute."""
+    answer(place.cluster, "scontrol", "update", f"JobId={job}", "TimeLimit=3")
+    wait_until(lambda: (attempt / "end").exists(), BOUND, lambda: f"no signal before the limit: {tail(log(out))}")
     wait_job(place.cluster, job, BOUND, frozenset({"PENDING"}))
     answer(place.cluster, "scontrol", "update", f"JobId={job}", "TimeLimit=60")
     return job, nothing
