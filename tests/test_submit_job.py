@@ -92,6 +92,7 @@ def desk(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
     monkeypatch.setenv("SLURM_DESK", str(slurm))
     for name in [name for name in os.environ if name.startswith("SBATCH_")]:
         monkeypatch.delenv(name)
+    monkeypatch.setenv("COLUMNS", "100000")  # where lines break depends on the length of temporary paths
 
     def submit(*flags: str | Path, config: Path = recipe) -> tuple[int, str, str]:
         capsys.readouterr()

@@ -28,7 +28,7 @@ def tried(name: str, check: Callable[[], Sequence[Finding] | str]) -> list[Findi
 
 def table(findings: Sequence[Finding]) -> str:
     """One line a finding, broken where the terminal ends."""
-    width = max(80, min(shutil.get_terminal_size((120, 24)).columns, 160))
+    width = max(80, shutil.get_terminal_size((120, 24)).columns)
     lines = []
     for finding in findings:
         head = f"  {finding.status:<12} {finding.name:<11} "
