@@ -132,25 +132,28 @@ def is_rank(pid: int) -> bool:
 def growth(recipe: Path) -> list[Row]:
     """CPU seconds a real token and peak memory of a step at one chunk budget, plotted.
 
-    The same arithmetic again costs more only for what else the machine does (half as much again was seen), so the least
-    of the rounds is the step's own; their median stands beside it.
+    The same arithmetic again costs more only for what else the machine does (half as much again was seen, in spells
+    shorter than a step), so a step's own cost is the sum of its parts, each the least of its rounds; the median of
+    whole rounds stands beside it.
     """
     # The budget is small, so that already the smallest batch has many chunks: one of them needs no second pass.
     steps = launch_worker(recipe, "growth", "run.chunk_tokens=512")
-    batches, chunks = ([step[name] for step in steps] for name in ("queries", "chunks"))
+    batches, chunks = [step["queries"] for step in steps], [step["chunks"] // step["steps"] for step in steps]
     times, medians, peaks = [], [], []
     for step in steps:
         batch = step["queries"]
-        rounds = [1000 * seconds / step["real_tokens"] for seconds in step["cpu_seconds"]]
-        times.append(min(rounds))
+        ms_a_token = 1000 / step["real_tokens"]
+        rounds = [ms_a_token * sum(map(sum, ranks)) for ranks in zip(*step["part_seconds"], strict=True)]
+        least = sum(min(part) for rank in step["part_seconds"] for part in zip(*rank, strict=True))
+        times.append(ms_a_token * least)
         medians.append(median(rounds))
         sizes = (f"batch.queries={batch}", f"batch.symmetric_queries={batch}", "run.chunk_tokens=512")
         alone = launch_worker(recipe, "cached", *sizes)[0]
         peaks.append(alone["peak_mib"] - alone["embeddings_mib"])
-        print(f"  batch {batch}: {step['chunks']} chunks a rank, {' '.join(f'{r:.3f}' for r in rounds)} ms a token")
+        print(f"  batch {batch}: {times[-1]:.3f} ms a token; whole rounds {' '.join(f'{r:.3f}' for r in rounds)}")
     plot_growth(batches, times, peaks, REPOSITORY / "runs" / "prove" / "cost_growth.png")
     claim = f"batch {batches[0]} to {batches[-1]} at a fixed chunk budget ({chunks[0]} to {chunks[-1]} "
-    claim += f"chunks a rank), least of {len(steps[0]['cpu_seconds'])} rounds: "
+    claim += f"chunks a rank), parts' least of {len(rounds)} rounds: "
     rows = []
     for name, values, unit in (("CPU seconds a real token", times, "ms"), ("peak memory above start-up", peaks, "MiB")):
         spread = max(values) / min(values)

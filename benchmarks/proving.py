@@ -56,8 +56,9 @@ def launch_worker(recipe: Path, mode: str, *overrides: str, ranks: int = 2) -> l
     out = WORK / f"{mode}.json"
     launcher = ["deepspeed", "--num_accelerators", str(ranks), "--master_port", free_port()]
     # Threads that wait for each other burn CPU seconds: one a rank, so that seconds are work.
-    variables = PRECISE_MEMORY | {"OMP_NUM_THREADS": "1"} if mode in ("cached", "uncached", "growth") else {}
-    call([*launcher, "benchmarks/step_worker.py", str(recipe), str(out), mode, *overrides], variables)
+    one_thread = {"OMP_NUM_THREADS": "1"}
+    variables = {"cached": PRECISE_MEMORY | one_thread, "uncached": PRECISE_MEMORY | one_thread, "growth": one_thread}
+    call([*launcher, "benchmarks/step_worker.py", str(recipe), str(out), mode, *overrides], variables.get(mode))
     return json.loads(out.read_text())
 
 

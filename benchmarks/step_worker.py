@@ -5,10 +5,11 @@ deepspeed --num_accelerators W benchmarks/step_worker.py RECIPE OUT MODE [key.su
     distinct   per dataset the same step with and without distinct passages: CPU seconds, loss
     cached     peak memory of one step above the state after start-up, and its CPU seconds; gradient cache on
     uncached   the same batch with the graphs of all chunks kept alive
-    growth     the CPU seconds of steps of several batch sizes, in turn and again
+    growth     the CPU seconds of steps of several batch sizes, in parts, in turn and again
 """
 
 import dataclasses
+import itertools
 import json
 import math
 import sys
@@ -31,7 +32,7 @@ from pipeline.runtime.watch import leave
 from pipeline.settings import Settings, load_settings
 
 BATCHES = (32, 64, 128, 256, 512)
-ROUNDS = 9
+ROUNDS = 7
 
 
 def first_plans(store: TokenStore, schedule: Any) -> list[BatchPlan]:
@@ -83,26 +84,52 @@ def run_uncached(encoder: torch.nn.Module, inputs: StepInputs, settings: Setting
     return StepResult(loss=float(share), num_passes=1, num_filtered=0, fault="", seconds={})
 
 
-def grow(engine: Any, store: TokenStore, limits: Limits, settings: Settings, ranks: Ranks) -> list[dict[str, Any]]:
-    """CPU seconds of steps of BATCHES in turn, ROUNDS times up and down, in one process: the machine's speed wanders by
-    more than what is looked for, and all meet it alike. A step of few queries is repeated, up to 128."""
+def grow(
+    engine: Any, encoder: torch.nn.Module, store: TokenStore, limits: Limits, settings: Settings, ranks: Ranks
+) -> list[dict[str, Any]]:
+    """CPU seconds of steps of BATCHES, each in parts: from one forward of the encoder to the next.
+
+    The machine's speed wanders by more than what is looked for, in spells shorter than a step of many queries: so every
+    part is read ROUNDS times, all batches in turn. A batch of few queries is several different steps of the first
+    dataset, so that every batch sees texts of all lengths.
+    """
     records: dict[int, dict[str, Any]] = {}
-    inputs_of = {}
+    steps: dict[int, list[StepInputs]] = {}
     for queries in BATCHES:
         batch = dataclasses.replace(settings.batch, queries=queries, symmetric_queries=queries)
-        plan = first_plans(store, make_schedule(store, dataclasses.replace(settings, batch=batch)))[0]
-        inputs = prepare_step(store, limits, plan, ranks, settings.run.chunk_tokens, settings.loss.mask_shown)
-        records[queries] = step_record(store, plan, inputs, limits, ranks) | {"cpu_seconds": []}
-        inputs_of[queries] = inputs
-    run_step(engine, inputs_of[BATCHES[0]], settings, ranks)  # pays for what is set up once
+        schedule = make_schedule(store, dataclasses.replace(settings, batch=batch))
+        every = (plan_step(store, schedule, number) for number in itertools.count())
+        plans = list(itertools.islice((plan for plan in every if plan.dataset == 0), max(1, 256 // queries)))
+        chunk_tokens = settings.run.chunk_tokens
+        steps[queries] = [
+            prepare_step(store, limits, plan, ranks, chunk_tokens, settings.loss.mask_shown) for plan in plans
+        ]
+        known = [
+            step_record(store, plan, inputs, limits, ranks) for plan, inputs in zip(plans, steps[queries], strict=True)
+        ]
+        records[queries] = known[0] | {
+            "steps": len(plans),
+            "real_tokens": sum(record["real_tokens"] for record in known),
+            "chunks": sum(record["chunks"] for record in known),
+            "part_seconds": [],
+        }
+    moments: list[float] = []
+    encoder.register_forward_pre_hook(lambda *_: moments.append(cpu_seconds()))
+    run_step(engine, steps[BATCHES[0]][0], settings, ranks)  # pays for what is set up once
     take_step(engine, 0.0)
     for number in range(ROUNDS):
         for queries in BATCHES[::-1] if number % 2 else BATCHES:
-            started, repeats = cpu_seconds(), max(1, 128 // queries)
-            for _ in range(repeats):
-                run_step(engine, inputs_of[queries], settings, ranks)
+            moments[:] = [cpu_seconds()]
+            for inputs in steps[queries]:
+                run_step(engine, inputs, settings, ranks)
                 take_step(engine, 0.0)
-            records[queries]["cpu_seconds"].append(sum(gather_values(cpu_seconds() - started, ranks)) / repeats)
+            moments.append(cpu_seconds())
+            parts = [after - before for before, after in itertools.pairwise(moments)]
+            records[queries]["part_seconds"].append(parts)
+    for record in records.values():
+        everywhere: list[Any] = [None] * ranks.world_size
+        torch.distributed.all_gather_object(everywhere, record["part_seconds"])
+        record["part_seconds"] = everywhere  # ranks x rounds x parts; ranks may differ by a chunk, rounds do not
     return list(records.values())
 
 
@@ -147,7 +174,7 @@ def main(recipe: str, out: str, mode: str, overrides: list[str]) -> None:
                 take_step(engine, 0.0)
             records.append(record)
     elif mode == "growth":
-        records = grow(engine, store, limits, settings, ranks)
+        records = grow(engine, encoder, store, limits, settings, ranks)
     else:
         plan = first_plans(store, schedule)[0]
         inputs = prepare_step(store, limits, plan, ranks, settings.run.chunk_tokens, settings.loss.mask_shown)
