@@ -407,6 +407,14 @@ def test_hub_errors_name_the_dataset(fake_hub: list[tuple[Any, ...]], settings_o
         )
 
 
+def test_a_damaged_file_of_the_hub_names_the_dataset(
+    tmp_path: Path, fake_hub: list[tuple[Any, ...]], settings_of: Callable[..., Settings]
+) -> None:
+    (tmp_path / "hub/pairs.jsonl").write_text('{"anchor": "a", "positive": "b"}\n{"anchor": ')
+    with pytest.raises(ValueError, match=r"hf://owner/pairs: An error occurred .*\(.+\); check name, config and split"):
+        find_sources(settings_of({"name": "h", "path": "hf://owner/pairs", "split": "train", "columns": PAIRS}))
+
+
 def test_a_stream_that_breaks_off_names_the_dataset(
     settings_of: Callable[..., Settings], monkeypatch: pytest.MonkeyPatch
 ) -> None:

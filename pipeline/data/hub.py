@@ -78,9 +78,10 @@ def _batches(stream: Any, where: str) -> Iterator[Any]:
 
 def _faults() -> tuple[type[Exception], ...]:
     """What `datasets` raises when the hub or the network fails."""
+    from datasets.exceptions import DatasetsError
     from huggingface_hub.errors import HTTPError  # of its HTTP library, which is not an OSError with every version
 
-    return OSError, ValueError, RuntimeError, TimeoutError, asyncio.TimeoutError, HTTPError
+    return OSError, ValueError, RuntimeError, TimeoutError, asyncio.TimeoutError, HTTPError, DatasetsError
 
 
 def _load(path: str, config: str, split: str, streaming: bool, where: str) -> Any:
@@ -90,9 +91,10 @@ def _load(path: str, config: str, split: str, streaming: bool, where: str) -> An
     try:
         return load_dataset(name, config or None, split=split, revision=revision or None, streaming=streaming)
     except _faults() as error:
+        cause = f" ({error.__cause__})" if error.__cause__ else ""
         raise ValueError(
-            f"{where}: {error}; check name, config and split, or fetch it where the hub can be reached and save it "
-            "with save_to_disk"
+            f"{where}: {error}{cause}; check name, config and split, or fetch it where the hub can be reached and "
+            "save it with save_to_disk"
         ) from error
 
 
