@@ -14,7 +14,16 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline.cluster.node_checks import STAGES, describe, judge, look_around
+from pipeline.cluster.node_checks import (
+    GIB,
+    STAGES,
+    FirstTaskLost,
+    describe,
+    judge,
+    look_around,
+    node_name,
+    require_space,
+)
 from pipeline.settings import Settings, load_settings
 
 PATIENCE = 300.0  # seconds that the slowest node may need: a first import of torch over a busy network
@@ -30,7 +39,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--for", dest="stage", choices=STAGES, help="the work to come")
-    what.add_argument("--copy-store", type=Path, metavar="FOLDER", help="copy the token store to this node's own disk")
+    what.add_argument(
+        "--copy-store", type=Path, metavar="FOLDER", help="copy the token store into a folder of this node's own disk"
+    )
     parser.add_argument("--config", required=True, help="recipe YAML; pipeline/settings.py documents every key")
     parser.add_argument("--patience", type=float, default=PATIENCE, help="seconds to wait for a task (%(default).0f)")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that override the recipe's")
@@ -48,9 +59,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     try:
         if arguments.copy_store:
-            copy_store(Path(settings.data.store), arguments.copy_store)
+            copy = copy_store(Path(settings.data.store), arguments.copy_store)
+            if os.environ.get("SLURM_PROCID", "0") == "0":
+                leave_word("node_store", f"{copy}\n")
             return 0
         return check(arguments.stage, settings, arguments.patience)
+    except FirstTaskLost as error:
+        leave_word(f"unreached.{node_name()}", f"{error}\n")
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -99,23 +116,48 @@ def blame(lines: Sequence[str], bad_nodes: dict[str, str]) -> None:
         print(f"error: {line}", file=sys.stderr, flush=True)
     if lines:
         report([f"  error: {line}" for line in lines])
-    if bad_nodes and (folder := os.environ.get("BGE_ICL_ATTEMPT")):
-        text = "".join(f"{host} {reason}\n" for host, reason in bad_nodes.items())
-        (Path(folder) / "bad_nodes").write_text(text, encoding="utf-8")
+    if bad_nodes:
+        leave_word("bad_nodes", "".join(f"{host} {reason}\n" for host, reason in bad_nodes.items()))
 
 
-def copy_store(source: Path, target: Path) -> None:
-    """Copy a token store; whole and with the right checksums, or not at all."""
+def leave_word(name: str, text: str) -> None:
+    """Write a file of the attempt's folder, for the job script."""
+    if folder := os.environ.get("BGE_ICL_ATTEMPT"):
+        (Path(folder) / name).write_text(text, encoding="utf-8")
+
+
+def copy_store(source: Path, folder: Path) -> Path:
+    """The copy of a token store below `folder`; whole and with the right checksums, or not at all.
+
+    It is named by what is in it: a job that comes back finds it, and so does another job of the same store.
+    """
     from pipeline.data.store import open_store
+    from pipeline.files import file_sha256, take_lock
+
+    def is_whole(store: Path) -> bool:
+        try:
+            open_store(store, verify=True)
+        except (ValueError, OSError):
+            return False
+        return True
 
     started = time.monotonic()
-    if not target.exists():
-        partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
-        partial.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copytree(source, partial)
-        partial.rename(target)
-    open_store(target, verify=True)
-    print(f"{os.uname().nodename}: token store at {target}, in {time.monotonic() - started:.1f} s", flush=True)
+    target = folder / f"store-{file_sha256(source / 'manifest.json')[:12]}"
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = take_lock(folder / f"{target.name}.lock", wait=True)
+    assert lock is not None, "waited for"
+    with lock:
+        partial = target.with_suffix(".partial")
+        shutil.rmtree(partial, ignore_errors=True)  # of a job that was killed: the lock is ours
+        if not is_whole(target):
+            shutil.rmtree(target, ignore_errors=True)
+            needed = sum(file.stat().st_size for file in source.rglob("*") if file.is_file())
+            require_space(folder, needed + GIB, {})
+            shutil.copytree(source, partial)
+            open_store(partial, verify=True)
+            partial.rename(target)
+    print(f"{node_name()}: token store at {target}, in {time.monotonic() - started:.1f} s", flush=True)
+    return target
 
 
 if __name__ == "__main__":

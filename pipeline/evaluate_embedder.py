@@ -23,6 +23,7 @@ from pipeline.evaluation.report import add_scores, read_scores, write_report
 from pipeline.evaluation.sides import SIDES
 from pipeline.evaluation.table import MODES, Score, score_table
 from pipeline.evaluation.tasks import LocalTask, load_task
+from pipeline.files import exit_code
 from pipeline.inference.workers import start_workers, stop_workers
 from pipeline.settings import Settings, load_settings
 
@@ -114,7 +115,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return evaluate(args, settings, names, modes)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return exit_code(error)
 
 
 def parse_modes(text: str) -> tuple[str, ...]:

@@ -1,15 +1,23 @@
 """Files: complete or absent, their names, checksums, locks, lines of JSON and of judgements."""
 
+import errno
 import fcntl
 import hashlib
 import json
 import os
 import re
 import socket
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
+
+# A file system, or the way to it, that is away for a while.
+PASSING = {errno.ESTALE, errno.EIO, errno.ETIMEDOUT, errno.ENOTCONN, errno.ECONNRESET, errno.EHOSTDOWN, errno.EREMOTEIO}
+LEASE_SECONDS = (
+    300.0  # after which file systems free the locks of a node that is gone: NFSv4 after 90, Lustre after 100
+)
 
 
 def safe_name(dataset: str) -> str:
@@ -50,6 +58,11 @@ def write_text(path: Path, text: str) -> None:
     write_atomic(path, lambda temporary: temporary.write_bytes(text.encode("utf-8")))
 
 
+def exit_code(error: Exception) -> int:
+    """2 for what someone has to mend; 1 for a file system that is away, which may be back when the job comes back."""
+    return 1 if isinstance(error, OSError) and error.errno in PASSING else 2
+
+
 def take_lock(path: Path, wait: bool = False) -> IO[str] | None:
     """The file `path`, open and locked for this process; None where another one holds it and this is not to `wait`.
 
@@ -77,11 +90,19 @@ def take_lock(path: Path, wait: bool = False) -> IO[str] | None:
 def locked(path: Path, message: str) -> Iterator[None]:
     """Hold the lock file `path` for this process; the lock goes with the process, however it ends.
 
+    A job of SLURM that came back waits for a while: of a node that it lost, file systems keep the locks so long.
+
     Raises:
         ValueError: another process holds it (`message`), or the file system has no locks.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    lock = take_lock(path)
+    lock, end = take_lock(path), time.monotonic()
+    if lock is None and int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0:
+        print(f"{path} is held; waiting up to {LEASE_SECONDS:.0f} s for a node that was lost to lose it", flush=True)
+        end += LEASE_SECONDS
+    while lock is None and time.monotonic() < end:
+        time.sleep(1)
+        lock = take_lock(path)
     if lock is None:
         raise ValueError(message)
     with lock:

@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from pipeline.data.building import build_store
 from pipeline.data.parallel import INTERRUPTED, mpi_size, open_pool, serve_first_rank
 from pipeline.data.summary import summarize
+from pipeline.files import exit_code
 from pipeline.settings import load_settings
 
 EPILOG = """examples:
@@ -57,7 +58,7 @@ def available_cores() -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Preprocess a recipe's data; exit code 2 and one message for what the user can mend."""
+    """Preprocess a recipe's data; exit code 2 and one message for what the user can mend, 1 for what may pass."""
     args = parse_arguments(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     start = time.monotonic()
@@ -72,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         full = isinstance(error, OSError) and error.errno == errno.ENOSPC
         remedy = ", where data.store lies; free some and run the same command, which goes on" if full else ""
         print(f"error: {error}{remedy}", file=sys.stderr)
-        return 2
+        return exit_code(error)
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from here", file=sys.stderr)
         return INTERRUPTED

@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
+from pipeline.files import exit_code
 from pipeline.inference.gate import GATE_FILE
 from pipeline.inference.saving import save_model
 from pipeline.runtime.attempt import write_end
@@ -77,9 +78,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
   deepspeed --num_gpus 8 pipeline/train.py --config recipes/bge_en_icl_public.yaml run.chunk_tokens=32768
   python pipeline/train.py --config examples/quickstart/recipe.yaml run.deepspeed=ds_configs/zero1.json   (one process)
 The store must exist: python pipeline/preprocess.py --config RECIPE. What a step holds: pipeline/plan_run.py.
-exit codes: 0 done; 2 something to mend, said in one line; 75 stopped on request (SIGTERM, SIGUSR1, Ctrl-C, end of the
-  SLURM job) and saved; 76 a rank was lost or stood still; 77 losses or gradients are not finite. After 75 and 76 the
-  same command goes on.""",
+exit codes: 0 done; 1 a fault that may pass (a file system that is away); 2 something to mend, said in one line;
+  75 stopped on request (SIGTERM, SIGUSR1, Ctrl-C, end of the SLURM job) and saved; 76 a rank was lost or stood still;
+  77 losses or gradients are not finite. After 1, 75 and 76 the same command goes on.""",
     )
     parser.add_argument("--config", required=True, help="recipe YAML; pipeline/settings.py documents every key")
     parser.add_argument("--local_rank", type=int, default=None, help="set by the deepspeed launcher")
@@ -109,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except FloatingPointError as error:
         code = report(error, ranks, NOT_FINITE)
     except (ValueError, OSError) as error:
-        return report(error, ranks, 2)
+        return report(error, ranks, exit_code(error))
     except Exception as error:
         if watch is None or ranks.world_size == 1:
             raise

@@ -4,7 +4,6 @@
 # Only the files that a run writes are trusted for that decision. Exit codes are not: of a step that is stopped, srun
 # returns 75 or 143 by chance; and of one whose slurmstepd died, 0.
 
-MAX_STUCK=${BGE_ICL_MAX_STUCK:-3}  # starts that gain no step, after which a job stops coming back
 JOB=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}  # requeueing an array's own id restarts all of it
 JOB=${JOB:-$SLURM_JOB_ID}
 ATTEMPT_NAME=$JOB.${SLURM_RESTART_COUNT:-0}
@@ -12,6 +11,8 @@ TERMED=0    # SLURM or its user ends this job: whether it comes back is theirs t
 STOP=0      # the ranks are to stop and save
 FORWARDED=0
 BEFORE=()   # a command in front of that of each task
+trap 'STOP=1' USR1  # from the start: modules may take long to load
+trap 'STOP=1 TERMED=1' TERM
 
 # step [options of srun] -- command: run a command as tasks of this job, in the container if there is one.
 step() {
@@ -25,14 +26,14 @@ step() {
 
 # begin RECIPE [key=value ...] | begin --run RUN: make the attempt's folder. RUN comes from the recipe unless it is given.
 begin() {
-  trap 'STOP=1' USR1
-  trap 'STOP=1 TERMED=1' TERM
+  MAX_STUCK=${BGE_ICL_MAX_STUCK:-3}  # starts that gain no step, after which a job stops coming back
+  PATIENCE=${BGE_ICL_PATIENCE:-300}
   if [ "$1" = --run ]; then BGE_ICL_RUN=$2; fi
   RUN=${BGE_ICL_RUN:-$(step --nodes=1 --ntasks=1 -- python pipeline/job_status.py --where --config "$@")} || exit 2
   ATTEMPT=$RUN/attempts/$ATTEMPT_NAME
   mkdir -p "$ATTEMPT" || exit 2
   export BGE_ICL_ATTEMPT=$ATTEMPT
-  rm -f "$ATTEMPT"/{ready,end,verdict,bad_nodes,preflight.txt}  # of another job that had this id: ids begin anew
+  rm -f "$ATTEMPT"/{ready,end,verdict,bad_nodes,preflight.txt,unreached.*}  # of another job that had this id: ids begin anew
   newest_step >"$ATTEMPT/before"
   scontrol show hostnames "$SLURM_JOB_NODELIST" >"$ATTEMPT/nodes"
   # Newer releases of SLURM say when the job ends; the trainer stops in time by it, with or without a signal.
@@ -59,9 +60,10 @@ check_nodes() {
   local stage=$1 tasks=(--ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1)
   shift
   if [ "$stage" = train ]; then tasks=("${TASKS[@]}"); fi
-  # One task's fault must not end the others before the first one has judged.
-  if (step "${tasks[@]}" --kill-on-bad-exit=0 --wait=0 -- python pipeline/check_nodes.py --for "$stage" \
-    --patience "${BGE_ICL_PATIENCE:-300}" --config "$@"); then return; fi
+  # One task's fault must not end the others before the first one has judged; one that never ends is given up.
+  if (step "${tasks[@]}" --kill-on-bad-exit=0 --wait=$((2 * PATIENCE + 60)) -- python pipeline/check_nodes.py \
+    --for "$stage" --patience "$PATIENCE" --config "$@"); then return; fi
+  blame_first_node
   if [ "$(cat "$RUN"/attempts/"$JOB".*/bad_nodes 2>/dev/null | wc -l)" -ge $((4 * MAX_STUCK)) ]; then
     finish 2 "gave up: the checks of $JOB found too many bad nodes: see bad_nodes of its attempts"
   fi
@@ -70,6 +72,18 @@ check_nodes() {
   fi
   if grep -q '^  error: ' "$ATTEMPT/preflight.txt" 2>/dev/null; then finish 2 "failed: the check of the nodes, see above"; fi
   come_back_unless_stuck "the check of the nodes came to no verdict"
+}
+
+# blame_first_node: the first task judges; where it said nothing and every other node waited for it, its own node is bad.
+blame_first_node() {
+  local first others
+  if [ -e "$ATTEMPT/preflight.txt" ] || [ "$SLURM_JOB_NUM_NODES" = 1 ]; then return; fi
+  first=$(head -n 1 "$ATTEMPT/nodes")
+  others=$(find "$ATTEMPT" -maxdepth 1 -name 'unreached.*' ! -name "unreached.$first" | wc -l)
+  if [ "$others" -ge $((SLURM_JOB_NUM_NODES - 1)) ]; then
+    echo "error: $first, where the first task was to be, answered no other node" >&2
+    echo "$first answers nobody" >"$ATTEMPT/bad_nodes"
+  fi
 }
 
 # run_ranks command: one task a rank, each with a log of its own; the first one's lines come here too.
@@ -172,9 +186,13 @@ excluded() {
 
 # run_task command: work that keeps what is finished by itself; at the time limit it is ended, and the job comes back.
 run_task() {
+  local srun code=- failed
   if [ $TERMED = 1 ]; then finish 143 "stopped: by SLURM or its user, before the work was started"; fi
+  # The first task's own code counts; its shell must outlive it.
+  # shellcheck disable=SC2016
+  BEFORE=(bash -c 'trap : TERM; "$@"; code=$?; [ "$SLURM_PROCID" != 0 ] || echo "$code" >"$BGE_ICL_ATTEMPT/end"; exit $code' task)
   (trap '' USR1; step "${TASKS[@]}" -- "$@") &
-  local srun=$! code
+  srun=$!
   while kill -0 $srun 2>/dev/null; do
     if [ $STOP = 1 ] && [ $FORWARDED = 0 ]; then
       FORWARDED=1
@@ -184,12 +202,15 @@ run_task() {
     wait $!
   done
   wait $srun
-  code=$?
-  if [ $code = 0 ]; then finish 0 "done"; fi
+  STEP_CODE=$?
+  if [ -s "$ATTEMPT/end" ]; then read -r code <"$ATTEMPT/end"; fi
+  if [ "$code" = 0 ]; then finish 0 "done"; fi
   if [ $TERMED = 1 ]; then finish 143 "stopped: by SLURM or its user; the same job goes on from there"; fi
-  if [ $code = 2 ]; then finish 2 "failed: see the error above"; fi
-  if [ $STOP = 0 ] && [ "${SLURM_RESTART_COUNT:-0}" -ge "$MAX_STUCK" ]; then
-    finish 1 "gave up: ended with $code after ${SLURM_RESTART_COUNT} restarts; mend the cause and submit again"
+  if [ "$code" = 2 ]; then finish 2 "failed: see the error above"; fi
+  if [ $STOP = 1 ]; then come_back "at its time limit"; fi
+  failed=$(cat "$RUN"/attempts/"$JOB".*/verdict 2>/dev/null | grep -c '^requeued: ended with')
+  if [ "$failed" -ge "$MAX_STUCK" ]; then
+    finish 1 "gave up: ended with $code (srun: $STEP_CODE), as $failed starts before; mend the cause and submit again"
   fi
-  come_back "ended with $code"
+  come_back "ended with $code (srun: $STEP_CODE)"
 }

@@ -1,5 +1,6 @@
 """The check of a job's nodes: what is wrong is named, and the node with it, within a bounded time."""
 
+import os
 import re
 import shutil
 import time
@@ -12,7 +13,16 @@ from tiny_run import make_tiny_run
 from pipeline.check_nodes import main
 from pipeline.cluster import node_checks
 from pipeline.cluster.meeting import hosts_of_ranks
-from pipeline.cluster.node_checks import Found, checkpoint_bytes, describe, judge, look_around, require_space
+from pipeline.cluster.node_checks import (
+    Found,
+    checkpoint_bytes,
+    describe,
+    judge,
+    look_around,
+    remove_stale_locks,
+    require_space,
+)
+from pipeline.data.store import open_store
 from pipeline.preprocess import main as preprocess
 from pipeline.settings import load_settings
 
@@ -89,7 +99,7 @@ def test_disk_space(tmp_path: Path, recipe: Path) -> None:
     trained = 2 * sum(4 * (a + b) for a, b in shapes) + 3 * 64
     assert checkpoint_bytes(settings) == trained * (3 * 12 + 4)
     require_space(tmp_path, 1, {})
-    with pytest.raises(ValueError, match=r"GiB free under .*, 1048576.0 GiB needed; free some, or lower run.keep_last"):
+    with pytest.raises(ValueError, match=r"GiB free under .*, 1048576.0 GiB needed; free some, or for checkpoints"):
         require_space(tmp_path, 1 << 50, {})
 
 
@@ -151,10 +161,42 @@ def test_what_a_task_finds_wrong(
     assert look_around(stage, load_settings(recipe), 0, 1).faults == () or stage == "evaluate"
 
 
-def test_a_store_is_copied_whole_or_not_at_all(recipe: Path, tmp_path: Path) -> None:
-    target = tmp_path / "disk" / "store"
-    for _ in range(2):
-        assert main(["--copy-store", str(target), "--config", str(recipe)]) == 0
-    assert [path.name for path in target.parent.iterdir()] == ["store"]
-    (target / "manifest.json").write_text("{}")
-    assert main(["--copy-store", str(target), "--config", str(recipe)]) == 2
+def test_a_store_is_copied_whole_and_once(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    disk = tmp_path / "disk"
+    monkeypatch.setenv("BGE_ICL_ATTEMPT", str(tmp_path))
+    command = ["--copy-store", str(disk), "--config", str(recipe)]
+    assert main(command) == 0
+    (copy,) = disk.glob("store-*[0-9a-f]")
+    assert (tmp_path / "node_store").read_text() == f"{copy}\n"
+    assert open_store(copy, verify=True).manifest == open_store(load_settings(recipe).data.store).manifest
+    written = copy.stat().st_mtime_ns
+    assert main(command) == 0 and copy.stat().st_mtime_ns == written
+
+    (copy / "manifest.json").write_text("{}")
+    disk.joinpath(f"{copy.name}.partial").mkdir()  # of a job that was killed
+    assert main(command) == 0 and open_store(copy, verify=True).manifest
+    assert sorted(path.name for path in disk.iterdir()) == [copy.name, f"{copy.name}.lock"]
+
+    assert main([*command, f"data.store={tmp_path}"]) == 2
+
+
+def test_the_first_task_is_missed_by_the_others(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BGE_ICL_ATTEMPT", str(tmp_path))
+    monkeypatch.setenv("SLURMD_NODENAME", "n7")
+    first, second = launch_ranks(SCRIPT, ["--for", "train", "--config", str(recipe), "--patience", "5"], 2)
+    first.kill()
+    _, said = second.communicate(timeout=120)
+    first.communicate(timeout=20)
+    assert second.returncode == 2 and "error: " in said
+    assert [path.name for path in tmp_path.iterdir()] == ["unreached.n7"]
+
+
+def test_locks_of_killed_compilations_are_removed(tmp_path: Path) -> None:
+    notes: dict[str, str] = {}
+    old, new = tmp_path / "a" / "lock", tmp_path / "b" / "lock"
+    for lock in (old, new):
+        lock.parent.mkdir()
+        lock.touch()
+    os.utime(old, (0, 0))
+    remove_stale_locks(tmp_path, notes)
+    assert not old.exists() and new.exists() and str(old) in notes["extensions"]

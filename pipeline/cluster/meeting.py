@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from pipeline.cluster.node_checks import Found
+from pipeline.cluster.node_checks import FirstTaskLost, Found
 from pipeline.runtime.launch import expand_counts
 from pipeline.runtime.ranks import Ranks, read_ranks
 
@@ -34,14 +34,14 @@ def open_meeting(ranks: Ranks, patience: float) -> dist.TCPStore:
     """The store in which the tasks leave what they found; the first task holds it.
 
     Raises:
-        ValueError: the first task cannot be reached within `patience` seconds.
+        FirstTaskLost: it cannot be reached within `patience` seconds.
     """
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     limit = timedelta(seconds=patience)
     try:
         return dist.TCPStore(host, port, None, ranks.is_first, limit, wait_for_workers=False)
     except (dist.DistError, RuntimeError) as error:
-        raise ValueError(
+        raise FirstTaskLost(
             f"{host}:{port}, where the first task waits, cannot be reached from {os.uname().nodename} within "
             f"{patience:.0f} s ({str(error).splitlines()[0]}); see BGE_ICL_INTERFACE in slurm/env.sh"
         ) from error
@@ -78,7 +78,7 @@ def hosts_of_ranks(variables: Mapping[str, str] = os.environ) -> dict[int, str]:
 
 
 def announce(store: dist.TCPStore, ranks: Ranks, name: str, value: str, patience: float) -> str:
-    """The first task's value under this name, on every task; ValueError where it does not come.
+    """The first task's value under this name, on every task; FirstTaskLost where it does not come.
 
     The first task leaves last: what the others read lies with it.
     """
@@ -93,7 +93,9 @@ def announce(store: dist.TCPStore, ranks: Ranks, name: str, value: str, patience
             time.sleep(0.02)
         return text
     except (dist.DistError, RuntimeError) as error:
-        raise ValueError(f"the first task said nothing for {patience:.0f} s: it has ended or stands still") from error
+        raise FirstTaskLost(
+            f"the first task said nothing for {patience:.0f} s: it has ended or stands still"
+        ) from error
 
 
 def measure_all_reduce(store: dist.TCPStore, ranks: Ranks, patience: float) -> str:

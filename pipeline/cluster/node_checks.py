@@ -19,6 +19,11 @@ GIB = 1 << 30
 READ_BYTES = 4 * GIB  # by a task: seconds
 BYTES_OF_A_WEIGHT = 12  # in a checkpoint: weight and two moments, fp32
 MAX_CLOCK_SECONDS = 5.0
+STALE_SECONDS = 600  # no extension compiles for longer
+
+
+class FirstTaskLost(ValueError):
+    """The task that is to judge cannot be reached, or has ended before it did."""
 
 
 @dataclass(frozen=True)
@@ -73,9 +78,14 @@ def look_around(stage: str, settings: Settings, rank: int, world_size: int) -> F
         attempt("model", lambda: require_model(Path(settings.run.output_dir)))
     if stage != "preprocess":
         attempt("GPU", lambda: check_gpu(notes))
-    return Found(
-        rank, os.environ.get("SLURMD_NODENAME") or socket.gethostname(), facts, notes, tuple(faults), time.time()
-    )
+    if folder := os.environ.get("TORCH_EXTENSIONS_DIR"):
+        attempt("extensions", lambda: remove_stale_locks(Path(folder), notes))
+    return Found(rank, node_name(), facts, notes, tuple(faults), time.time())
+
+
+def node_name() -> str:
+    """This node as SLURM calls it."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def check_raw(settings: Settings, notes: dict[str, str]) -> None:
@@ -135,7 +145,15 @@ def require_space(folder: Path, needed: int, notes: dict[str, str]) -> None:
     free = shutil.disk_usage(folder).free
     notes["disk"] = f"{free / GIB:.1f} GiB free under {folder}, {needed / GIB:.1f} GiB needed"
     if free < needed:
-        raise ValueError(f"{notes['disk']}; free some, or lower run.keep_last")
+        raise ValueError(f"{notes['disk']}; free some, or for checkpoints lower run.keep_last")
+
+
+def remove_stale_locks(folder: Path, notes: dict[str, str]) -> None:
+    """Remove the locks of compilations that were killed: torch's extension loader would wait for them for ever."""
+    stale = [lock for lock in folder.glob("*/lock") if time.time() - lock.stat().st_mtime > STALE_SECONDS]
+    for lock in stale:
+        lock.unlink(missing_ok=True)
+        notes["extensions"] = f"removed {lock}, which a compilation that was killed has left"
 
 
 def check_gpu(notes: dict[str, str]) -> None:

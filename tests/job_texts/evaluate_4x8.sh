@@ -23,9 +23,9 @@ export BGE_ICL_EXCLUDE=0
 set -- /shared/runs/full /shared/words
 
 if [ ! -f slurm/protocol.sh ]; then echo "error: $PWD holds no slurm/; sbatch from the repository's folder" >&2; exit 2; fi
-source slurm/env.sh  # before -u: what modules and conda run does not bear it
-set -uo pipefail
-source slurm/protocol.sh
+source slurm/protocol.sh  # first: it heeds signals
+source slurm/env.sh
+set -uo pipefail  # what modules and conda run does not bear -u
 TASKS=(--ntasks=1)
 RUN_FOLDER=${1:?name a run folder, and tasks}
 shift

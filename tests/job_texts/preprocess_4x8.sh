@@ -20,9 +20,9 @@ export BGE_ICL_EXCLUDE=0
 set -- /shared/runs/full/jobs/20300101-000000-0123456/recipe.yaml
 
 if [ ! -f slurm/protocol.sh ]; then echo "error: $PWD holds no slurm/; sbatch from the repository's folder" >&2; exit 2; fi
-source slurm/env.sh  # before -u: what modules and conda run does not bear it
-set -uo pipefail
-source slurm/protocol.sh
+source slurm/protocol.sh  # first: it heeds signals
+source slurm/env.sh
+set -uo pipefail  # what modules and conda run does not bear -u
 TASKS=(--ntasks="$SLURM_NTASKS")
 MPI=${BGE_ICL_MPI:-pmi2}      # EDIT: what the site's MPI speaks; the mpich wheel of the extra `mpi` speaks pmi2
 

@@ -22,18 +22,17 @@ export BGE_ICL_EXCLUDE=0
 set -- /shared/runs/full/jobs/20300101-000000-0123456/recipe.yaml
 
 if [ ! -f slurm/protocol.sh ]; then echo "error: $PWD holds no slurm/; sbatch from the repository's folder" >&2; exit 2; fi
-source slurm/env.sh  # before -u: what modules and conda run does not bear it
-set -uo pipefail
-source slurm/protocol.sh
+source slurm/protocol.sh  # first: it heeds signals
+source slurm/env.sh
+set -uo pipefail  # what modules and conda run does not bear -u
 TASKS=(--ntasks="$SLURM_NTASKS")
 
 begin "${1:?name a recipe}" "${@:2}"
 check_nodes train "$@"
 if [ -n "$BGE_ICL_NODE_STORE" ]; then
-  store=$BGE_ICL_NODE_STORE/store-$SLURM_JOB_ID
-  (step --ntasks-per-node=1 --ntasks="$SLURM_JOB_NUM_NODES" -- python pipeline/check_nodes.py --copy-store "$store" --config "$@") ||
+  (step --ntasks-per-node=1 --ntasks="$SLURM_JOB_NUM_NODES" -- python pipeline/check_nodes.py --copy-store "$BGE_ICL_NODE_STORE" --config "$@") ||
     come_back_unless_stuck "the token store could not be copied to $BGE_ICL_NODE_STORE on every node"
-  set -- "$@" "data.store=$store"
+  set -- "$@" "data.store=$(cat "$ATTEMPT/node_store")"
 fi
 run_ranks python pipeline/train.py --config "$@"
 decide

@@ -1,0 +1,189 @@
+"""What a job script decides, case by case: slurm/protocol.sh with stand-ins for srun and scontrol.
+
+The real ones are in tests/test_slurm.py, where each case would take a start of Python on a cluster.
+"""
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from launching import REPOSITORY
+
+SRUN = r"""#!/usr/bin/env bash
+# The first task of a step alone, on this machine; srun's own exit code is $SRUN_CODE where that is set.
+while [[ $1 == -* ]]; do shift; done
+SLURM_PROCID=0 setsid "$@" &
+task=$!
+trap 'kill -TERM -- -$task' TERM  # SLURM signals all processes of a task
+trap 'kill -USR1 -- -$task' USR1
+wait $task; code=$?
+while kill -0 $task 2>/dev/null; do wait $task; code=$?; done
+exit ${SRUN_CODE:-$code}
+"""
+SCONTROL = r"""#!/usr/bin/env bash
+echo "$*" >>"$CALLS"
+case $1 in
+  requeue) kill -TERM $PPID ;;  # SLURM ends the script of a job that it requeues
+  show) printf 'n1\nn2\n' ;;
+esac
+"""
+SCRIPT = """
+source slurm/protocol.sh
+set -uo pipefail
+TASKS=(--ntasks=2)
+begin --run "$1"
+$2
+"""
+RANKS = 'run_ranks bash -c "$WORK"; decide'
+TASK = 'run_task bash -c "$WORK"'
+
+
+@pytest.fixture
+def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The run folder of job 7, whose environment is that of a first start on two nodes."""
+    for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    variables = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_JOB_NUM_NODES": "2", "SLURM_NTASKS": "2"}
+    variables |= {
+        "SLURM_JOB_END_TIME": "1",
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "CALLS": str(tmp_path / "calls"),
+    }
+    variables |= {"BGE_ICL_CONTAINER": "", "BGE_ICL_WRAP": ""}
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    return tmp_path / "run"
+
+
+def start(job: Path, commands: str, work: str = "", restart: int = 0, **variables: str) -> subprocess.Popen[str]:
+    environment = os.environ | {"WORK": work, "SLURM_RESTART_COUNT": str(restart)} | variables
+    script = SCRIPT.replace("$2", commands)
+    return subprocess.Popen(
+        ["bash", "-c", script, "job", str(job)], cwd=REPOSITORY, env=environment, stdout=-1, stderr=-1, text=True
+    )
+
+
+def run(job: Path, commands: str, work: str = "", restart: int = 0, **variables: str) -> tuple[int, str]:
+    """(exit code, verdict) of a start of the job."""
+    process = start(job, commands, work, restart, **variables)
+    said = process.communicate(timeout=30)
+    verdict = job / "attempts" / f"7.{restart}" / "verdict"
+    assert verdict.exists(), said
+    return process.returncode, verdict.read_text().strip()
+
+
+def end(code: int, steps: int | str, reason: str) -> str:
+    """What a run writes at its end."""
+    return f'echo "{code} {steps} {reason}" >"$BGE_ICL_ATTEMPT/end"; '
+
+
+def requeues(job: Path) -> int:
+    calls = job.parent / "calls"
+    return calls.read_text().splitlines().count("requeue 7") if calls.exists() else 0
+
+
+@pytest.mark.parametrize(
+    ("work", "code", "verdict"),
+    [
+        ("exit 0", 0, "done"),
+        ("exit 2", 2, "failed: see the error above"),
+        ("exit 3", 143, "requeued: ended with 3 (srun: 3)"),
+        ("kill -9 $PPID", 143, "requeued: ended with - (srun: 137)"),
+    ],
+)
+def test_work_ends_by_its_own_code(job: Path, work: str, code: int, verdict: str) -> None:
+    assert run(job, TASK, work) == (code, verdict)
+    assert requeues(job) == verdict.startswith("requeued")
+
+
+def test_the_code_of_srun_is_not_trusted(job: Path) -> None:
+    assert run(job, TASK, "kill -9 $PPID", SRUN_CODE="0")[1] == "requeued: ended with - (srun: 0)"
+    assert run(job, TASK, "exit 0", 1, SRUN_CODE="143") == (0, "done")
+
+
+def test_failures_are_counted_and_preemptions_are_not(job: Path) -> None:
+    for restart in range(4):  # SLURM's own requeues
+        folder = job / "attempts" / f"7.{restart}"
+        folder.mkdir(parents=True)
+        (folder / "verdict").write_text("stopped: by SLURM or its user; the same job goes on from there\n")
+    for restart in range(4, 7):
+        assert run(job, TASK, "exit 3", restart)[1].startswith("requeued: ended with 3")
+    code, verdict = run(job, TASK, "exit 3", 7)
+    assert code == 1 and verdict.startswith("gave up: ended with 3 (srun: 3), as 3 starts before")
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "verdict"),
+    [
+        (signal.SIGUSR1, 143, "requeued: at its time limit"),
+        (signal.SIGTERM, 143, "stopped: by SLURM or its user; the same job goes on from there"),
+    ],
+)
+def test_work_that_is_stopped(job: Path, number: signal.Signals, code: int, verdict: str) -> None:
+    process = start(job, TASK, 'echo at work >"$BGE_ICL_ATTEMPT/here"; sleep 60 & wait')
+    wait_for(job / "attempts/7.0/here")
+    process.send_signal(number)
+    process.communicate(timeout=30)
+    assert (job / "attempts/7.0/verdict").read_text().strip() == verdict and process.returncode == code
+    assert (job / "attempts/7.0/end").read_text() == "143\n"
+
+
+def test_a_signal_while_the_environment_is_made_is_kept(job: Path) -> None:
+    slow = 'echo >"$CALLS"; sleep 2; ' + TASK
+    process = start(job, slow, "sleep 60 & wait")
+    wait_for(job.parent / "calls")
+    process.send_signal(signal.SIGUSR1)
+    process.communicate(timeout=30)
+    assert (job / "attempts/7.0/verdict").read_text() == "requeued: at its time limit\n"
+
+
+@pytest.mark.parametrize(
+    ("work", "code", "verdict"),
+    [
+        (end(0, 5, "done"), 0, "done: 5 steps"),
+        (end(0, 5, "done") + "exit 143", 0, "done: 5 steps"),
+        (end(2, "-", "no such store"), 2, "failed: no such store"),
+        (end(77, 3, "nan"), 77, "failed: nan"),
+        (end(75, 3, "SIGUSR1"), 143, "requeued: SIGUSR1; 0 steps are saved"),
+        (end(1, "-", "stale file handle"), 143, "requeued: stale file handle; 0 steps are saved"),
+        ("exit 0", 143, "requeued: srun ended with 0, and the first rank said nothing; 0 steps are saved"),
+    ],
+)
+def test_a_run_ends_by_what_it_wrote(job: Path, work: str, code: int, verdict: str) -> None:
+    assert run(job, RANKS, work) == (code, verdict)
+    assert requeues(job) == verdict.startswith("requeued")
+
+
+def test_starts_that_gain_nothing_end(job: Path) -> None:
+    for restart, steps in enumerate((0, 1, 1)):
+        (job / "checkpoints" / f"step-{steps:06d}").mkdir(parents=True, exist_ok=True)
+        assert run(job, RANKS, end(76, "-", "rank 1 is lost"), restart)[0] == 143
+    assert run(job, RANKS, end(76, "-", "rank 1 is lost"), 3) == (
+        1,
+        "gave up: 3 starts gained no step beyond 1 (rank 1 is lost); mend the cause and submit again",
+    )
+
+
+@pytest.mark.parametrize(("silent", "blamed"), [(("n2",), "n1 answers nobody\n"), (("n1",), ""), ((), "")])
+def test_a_first_node_that_answers_nobody_is_bad(job: Path, silent: tuple[str, ...], blamed: str) -> None:
+    left = "".join(f'touch "$ATTEMPT/unreached.{node}"; ' for node in silent)
+    start(job, f"{left} blame_first_node", "").communicate(timeout=30)
+    bad = job / "attempts/7.0/bad_nodes"
+    assert (bad.read_text() if bad.exists() else "") == blamed
+
+
+def test_a_first_node_that_has_judged_is_not_blamed(job: Path) -> None:
+    left = 'touch "$ATTEMPT/unreached.n2" "$ATTEMPT/preflight.txt"; '
+    start(job, f"{left} blame_first_node", "").communicate(timeout=30)
+    assert not (job / "attempts/7.0/bad_nodes").exists()
+
+
+def wait_for(path: Path) -> None:
+    limit = time.monotonic() + 20
+    while not path.exists():
+        assert time.monotonic() < limit, f"no {path}"
+        time.sleep(0.05)
