@@ -491,7 +491,7 @@ def odd_jobs(run: Path, **changes: object) -> dict[str, str]:
     """Job texts of a run in an odd folder, by stage."""
     options = Options(
         nodes=(2, 2), gpus_per_node=0, gpu_type="", tasks_per_node=1, cpus_per_task=1,
-        time={stage: "60" for stage in STAGES}, places={}, container="", wrap="", extra=(),
+        time={stage: "60" for stage in STAGES}, places={}, partitions={}, container="", wrap="", extra=(),
         exclude_bad_nodes=False, max_stuck=3, lead=None, preprocess_tasks=2, evaluate_options="",
         storage_mb_per_s=200.0,
     )  # fmt: skip
@@ -610,6 +610,44 @@ def test_variables_of_the_job(desk: Desk) -> None:
     ):
         assert f"\n{line}\n" in out
     assert "BGE_ICL_WRAP" not in out.split("\nset -uo")[0]
+
+
+def places_of(text: str) -> list[str]:
+    """Where a job text wants to run."""
+    names = "partition|account|qos|constraint|exclude|gpus-per-node"
+    return re.findall(rf"^#SBATCH --((?:{names})=.*)$", text, flags=re.MULTILINE)
+
+
+def test_a_stage_in_a_partition_of_its_own(desk: Desk, tmp_path: Path) -> None:
+    task = write_three_examples(write_task(tmp_path / "words"))
+    of_training = ["partition=main", "account=team", "qos=fast", "constraint=fat", "exclude=node9"]
+    flags = ["--nodes", "2", "--gpus-per-node", "h100:1", "--time", "60", "--task", task]
+    flags += [f"data.store={tmp_path}/store", *(f"--{place}" for place in of_training)]
+    for own in ([], ["preprocess"], ["preprocess", "evaluate"]):
+        code, out, errors = desk.submit("--dry-run", *flags, *(f"--{stage}-partition=long" for stage in own))
+        assert code == 0, errors
+        gpus = {"preprocess": [], "train": ["gpus-per-node=h100:1"]}
+        gpus["evaluate"] = ["gpus-per-node=1"] if "evaluate" in own else ["gpus-per-node=h100:1"]
+        for stage, text in zip(STAGES, out.split("\n==== ")[1:], strict=True):
+            places = ["partition=long", "account=team"] if stage in own else of_training
+            assert places_of(text) == [*gpus[stage], *places], stage
+        assert out.count("ok           partition ") == 1 + len(own)
+    assert "long for preprocess: 8 nodes" in out and "main for train: 4 nodes" in out
+
+
+def test_each_stage_must_fit_its_own_partition(desk: Desk, tmp_path: Path) -> None:
+    flags = ["--nodes", "2", *ON_CPUS, f"data.store={tmp_path}/store", "--preprocess-time", "2-00"]
+    too_long = "--preprocess-time 2-00 is above the limit of partition main, 1-00:00:00"
+    assert too_long in refused(desk, *flags)
+    assert desk.submit("--dry-run", *flags, "--preprocess-partition", "long")[0] == 0
+    assert too_long in refused(desk, *flags, "--partition", "long", "--preprocess-partition", "main")
+    line = refused(desk, *flags, "--preprocess-partition", "cpu")
+    assert "--preprocess-partition 'cpu' does not exist; known: main, long" in line
+    # How many nodes there are is asked of the partition of training alone.
+    many = ["--nodes", "8", *ON_CPUS, f"data.store={tmp_path}/store", "batch.queries=8", "batch.symmetric_queries=8"]
+    assert desk.submit("--dry-run", *many, "--partition", "long", "--preprocess-partition", "main")[0] == 0
+    line = refused(desk, *many, "--partition", "main", "--preprocess-partition", "long")
+    assert "--nodes 8: partition main has 4" in line
 
 
 def test_sbatch_variables_are_flags_by_default_and_nothing_else(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:

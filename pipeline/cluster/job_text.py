@@ -73,7 +73,7 @@ def body_of(script: str) -> str:
 def _sbatch_lines(stage: str, options: Options, name: str, log: str, folder: Path, array: int, lead: int) -> list[str]:
     """Options of sbatch for a stage, one each."""
     lines = [f"--job-name={name}", *_shape(stage, options), f"--time={options.time[stage]}"]
-    lines += [f"--{place}={value}" for place, value in options.places.items()]
+    lines += [f"--{place}={value}" for place, value in options.places_of(stage).items()]
     if array:
         lines.append(f"--array=0-{array - 1}")
     if stage != "train":  # nothing has to be saved: what is finished is kept as it is
@@ -84,7 +84,8 @@ def _sbatch_lines(stage: str, options: Options, name: str, log: str, folder: Pat
 
 def _shape(stage: str, options: Options) -> list[str]:
     """Nodes, tasks, cores and GPUs."""
-    kind = f"{options.gpu_type}:" if options.gpu_type else ""
+    # The type is that of training's nodes; another partition may have others.
+    kind = f"{options.gpu_type}:" if options.gpu_type and stage not in options.partitions else ""
     if stage == "preprocess":
         cpus = options.cpus_per_task if options.preprocess_tasks == 1 else 1
         return [f"--ntasks={options.preprocess_tasks}", f"--cpus-per-task={cpus}"]

@@ -65,6 +65,7 @@ class Options:
     cpus_per_task: int
     time: dict[str, str]  # of each stage, as SLURM writes times
     places: dict[str, str]  # those of PLACES that are named
+    partitions: dict[str, str]  # of stages that have one of their own
     container: str
     wrap: str
     extra: tuple[str, ...]  # other options of sbatch
@@ -80,6 +81,13 @@ class Options:
         """Ranks of training, for each number of nodes that the job may get."""
         least, most = self.nodes
         return range(least * self.tasks_per_node, most * self.tasks_per_node + 1, self.tasks_per_node)
+
+    def places_of(self, stage: str) -> dict[str, str]:
+        """Of a partition of its own only the account is known: all else was said of the nodes of training."""
+        if stage not in self.partitions:
+            return self.places
+        account = {name: value for name, value in self.places.items() if name == "account"}
+        return {"partition": self.partitions[stage], **account}
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -116,6 +124,14 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     stages.add_argument("--preprocess-tasks", type=int, default=8, metavar="N", help="processes, one core each (8)")
     stages.add_argument("--preprocess-time", default="04:00:00", metavar="TIME", help="(default 04:00:00)")
     stages.add_argument("--evaluate-time", default="04:00:00", metavar="TIME", help="(default 04:00:00)")
+    for stage in ("preprocess", "evaluate"):
+        stages.add_argument(
+            f"--{stage}-partition",
+            default="",
+            metavar="NAME",
+            help="a partition of its own: --account goes along; --qos, --constraint, --exclude and the GPUs' type do "
+            "not, they are of training's (default: the same places as training)",
+        )
     coming_back = parser.add_argument_group("coming back")
     coming_back.add_argument("--exclude-bad-nodes", action="store_true", help="requeue without nodes found bad")
     coming_back.add_argument(
@@ -166,6 +182,7 @@ def read_options(arguments: argparse.Namespace, environment: Mapping[str, str]) 
         parse_time("--time" if stage == "train" else f"--{stage}-time", text)
     known = {name: environment.get(f"SBATCH_{name.upper()}", "") for name in FROM_ENVIRONMENT}
     found = {name: getattr(arguments, name) or known.get(name, "") for name in PLACES}
+    partitions = {"preprocess": arguments.preprocess_partition, "evaluate": arguments.evaluate_partition}
     options = Options(
         nodes=nodes,
         gpus_per_node=gpus,
@@ -174,6 +191,7 @@ def read_options(arguments: argparse.Namespace, environment: Mapping[str, str]) 
         cpus_per_task=cpus,
         time={stage: time[stage] for stage in STAGES},
         places={name: value for name, value in found.items() if value},
+        partitions={stage: name for stage, name in partitions.items() if name},
         container=arguments.container,
         wrap=arguments.wrap,
         extra=tuple(_extra(text) for text in arguments.sbatch),
@@ -186,6 +204,7 @@ def read_options(arguments: argparse.Namespace, environment: Mapping[str, str]) 
     )
     lines = {"--container": options.container, "--wrap": options.wrap, "--evaluate-options": options.evaluate_options}
     lines |= {f"--{name}": value for name, value in options.places.items()}
+    lines |= {f"--{stage}-partition": name for stage, name in options.partitions.items()}
     for flag, value in lines.items():
         require_one_line(flag, value)
     return options

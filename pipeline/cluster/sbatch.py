@@ -18,7 +18,7 @@ from pipeline.cluster.job_states import OVER, ask_slurm
 from pipeline.cluster.job_text import Job
 from pipeline.cluster.options import FROM_ENVIRONMENT, Options
 from pipeline.cluster.run_folder import read_attempts, submitted_jobs
-from pipeline.cluster.wording import format_time, parse_time
+from pipeline.cluster.wording import format_time, join_words, parse_time
 
 TOOLS = ("sbatch", "squeue", "sinfo", "scancel")
 SECONDS = 120  # that a busy controller may take to answer
@@ -46,7 +46,7 @@ def check_cluster(options: Options, jobs: Sequence[Job], run: Path, dry: bool) -
     except ValueError as error:  # a machine with the tools alone, or a controller that is away: nobody would answer
         return [Finding(UNCHECKED if dry else ERROR, "slurm", f"SLURM does not answer: {error}")]
     findings = tried("jobs", lambda: require_free(run))
-    findings += tried("partition", lambda: check_partitions(partitions, options, [job.stage for job in jobs]))
+    findings += check_partitions(partitions, options, [job.stage for job in jobs])
     findings += tried("container", lambda: check_container(options)) if options.container else []
     for job in jobs:
         findings += tried(job.stage, partial(try_job, job))
@@ -57,14 +57,24 @@ def check_cluster(options: Options, jobs: Sequence[Job], run: Path, dry: bool) -
     return findings
 
 
-def check_partitions(known: Mapping[str, Partition], options: Options, stages: Sequence[str]) -> str:
+def check_partitions(known: Mapping[str, Partition], options: Options, stages: Sequence[str]) -> list[Finding]:
     """The partitions exist, have so many nodes of that size, and do not end jobs before the jobs' own time limits."""
-    asked = options.places.get("partition") or next((name for name in known if known[name].is_default), "")
+    together = [stage for stage in stages if stage not in options.partitions]
+    groups = [together] if together else []
+    groups += [[stage] for stage in stages if stage in options.partitions]
+    return [found for some in groups for found in tried("partition", partial(check_partition, known, options, some))]
+
+
+def check_partition(known: Mapping[str, Partition], options: Options, stages: Sequence[str]) -> str:
+    """What the partition of these stages, which share it, has to offer; ValueError where that is too little."""
+    named = options.places_of(stages[0]).get("partition", "")
+    asked = named or next((name for name in known if known[name].is_default), "")
+    option = f"--{stages[0]}-partition" if stages[0] in options.partitions else "--partition"
     if not asked:
         raise ValueError(f"--partition is not given and there is no default one; known: {', '.join(known)}")
     for name in asked.split(","):
         if name not in known:
-            raise ValueError(f"--partition {name!r} does not exist; known: {', '.join(known)}")
+            raise ValueError(f"{option} {name!r} does not exist; known: {', '.join(known)}")
     some = [known[name] for name in asked.split(",")]
     limit, nodes, cpus = (max(getattr(one, name) for one in some) for name in ("limit", "nodes", "cpus"))
     for stage in stages:
@@ -81,8 +91,8 @@ def check_partitions(known: Mapping[str, Partition], options: Options, stages: S
             f"{options.tasks_per_node} tasks a node with --cpus-per-task {options.cpus_per_task} are {wanted} cores, "
             f"and the largest node of partition {asked} has {cpus}; lower one of them"
         )
-    default = "" if options.places.get("partition") else " (the default)"
-    return f"{asked}{default}: {nodes} nodes, up to {cpus} cores each, time limit {format_time(limit)}"
+    what = f"{asked}{'' if named else ' (the default)'} for {join_words(stages)}"
+    return f"{what}: {nodes} nodes, up to {cpus} cores each, time limit {format_time(limit)}"
 
 
 def read_partitions() -> dict[str, Partition]:
