@@ -135,7 +135,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
   bge-icl submit --config r.yaml --nodes 4 --gpus-per-node h200:8 --time 2-00 --partition gpu --account me --task eval/a
   bge-icl submit --config r.yaml --nodes 2-4 --gpus-per-node 8 --time 12:00:00 --exclude-bad-nodes optim.lr=2e-4
   bge-icl submit --config r.yaml --nodes 2 --gpus-per-node 0 --tasks-per-node 1 --time 60 --stages train
-  bge-icl submit --config r.yaml --nodes 4 --gpus-per-node 8 --time 24:00:00 --wrap "apptainer exec --nv bge.sif"
+  bge-icl submit --config r.yaml --nodes 4 --gpus-per-node 8 --time 24:00:00 --wrap "apptainer exec --nv /data/bge.sif"
 Submitting once more after a job has ended goes on from the newest checkpoint. What differs between sites (modules,
 environment, interface) stands in slurm/env.sh.""",
     )

@@ -304,6 +304,38 @@ def test_bad_input_is_named_before_anything_is_queued(desk: Desk, flags: list[st
     assert words in refused(desk, "--nodes", "2", *ON_CPUS, *flags)
 
 
+@pytest.mark.parametrize(
+    ("flag", "words", "path"),
+    [
+        ("--wrap", "apptainer exec --nv bge.sif", "bge.sif"),
+        ("--wrap", "apptainer exec --nv images/sandbox", "images/sandbox"),
+        ("--wrap", "apptainer exec --bind /data:/data,../x:/y /images/bge.sif", "../x"),
+        ("--container", "--container-image=bge.sqsh --container-mounts=/data:/data", "bge.sqsh"),
+        ("--container", "--container-image=./not_there.sqsh", "./not_there.sqsh"),
+        ("--evaluate-options", "--num-examples 2 --examples-root images/sandbox", "images/sandbox"),
+    ],
+)
+def test_relative_paths_would_be_looked_for_elsewhere(
+    desk: Desk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flag: str, words: str, path: str
+) -> None:
+    (tmp_path / "here/images/sandbox").mkdir(parents=True)
+    for name in ("bge.sif", "bge.sqsh"):
+        (tmp_path / "here" / name).touch()
+    monkeypatch.chdir(tmp_path / "here")
+    line = refused(desk, "--nodes", "2", *ON_CPUS, f"{flag}={words}")
+    assert f"{flag} {words!r}: {path} is relative to this folder" in line
+    assert line.endswith(f"; write {os.path.normpath(tmp_path / 'here' / path)}")
+
+
+def test_what_is_no_relative_path_is_left_alone(desk: Desk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "env").touch()
+    (tmp_path / "bge.sif").touch()
+    monkeypatch.chdir(tmp_path)
+    for words in (f"env X=a/b apptainer exec --bind /data:/data --pwd $PWD {tmp_path}/bge.sif", "docker://x/y:1"):
+        code, _, errors = desk.submit("--dry-run", "--nodes", "2", *ON_CPUS, f"--wrap={words}")
+        assert code == 0, errors
+
+
 def test_a_task_with_fewer_examples_than_evaluation_takes(desk: Desk, tmp_path: Path) -> None:
     assert checks.TASK_EXAMPLES == LOCAL_EXAMPLES
     flags = ["--nodes", "2", *ON_CPUS, "--task", write_task(tmp_path / "words")]

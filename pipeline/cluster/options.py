@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -52,6 +53,7 @@ OWN = {
 SHORT = {"-a": "--array", "-A": "--account", "-c": "--cpus-per-task", "-C": "--constraint", "-d": "--dependency"}
 SHORT |= {"-D": "--chdir", "-G": "--gpus", "-J": "--job-name", "-n": "--ntasks", "-N": "--nodes", "-o": "--output"}
 SHORT |= {"-p": "--partition", "-q": "--qos", "-t": "--time", "-x": "--exclude"}
+IMAGES = (".sif", ".sqsh", ".img")  # files of containers
 
 
 @dataclass(frozen=True)
@@ -145,9 +147,11 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     )
     container = parser.add_argument_group("container")
     container.add_argument(
-        "--container", default="", metavar="OPTIONS", help="of srun: --container='--container-image=x.sqsh'"
+        "--container", default="", metavar="OPTIONS", help="of srun: --container='--container-image=/images/x.sqsh'"
     )
-    container.add_argument("--wrap", default="", metavar="COMMAND", help="before python: 'apptainer exec --nv x.sif'")
+    container.add_argument(
+        "--wrap", default="", metavar="COMMAND", help="before python: 'apptainer exec --nv /images/x.sif'"
+    )
     estimate = parser.add_argument_group("estimate", "defaults: those of bge-icl plan --estimate")
     for name, (kind, text) in ESTIMATE.items():
         estimate.add_argument("--" + name.replace("_", "-"), type=kind, metavar="N", help=text)
@@ -207,6 +211,8 @@ def read_options(arguments: argparse.Namespace, environment: Mapping[str, str]) 
     lines |= {f"--{stage}-partition": name for stage, name in options.partitions.items()}
     for flag, value in lines.items():
         require_one_line(flag, value)
+    for flag in ("--container", "--wrap", "--evaluate-options"):
+        require_absolute(flag, lines[flag])
     return options
 
 
@@ -214,6 +220,18 @@ def require_one_line(name: str, value: str) -> None:
     """ValueError for a line break or another control character: it would end a line of the job text."""
     if any(ord(character) < 32 for character in value):
         raise ValueError(f"{name}={value!r} holds a control character, which a job text cannot hold; leave it out")
+
+
+def require_absolute(flag: str, words: str) -> None:
+    """ValueError for a relative path among the words: jobs run elsewhere, and would look for it there."""
+    for path in re.split(r"[\s=:,]+", words):  # also in NAME=PATH and in mounts, FROM:TO,FROM:TO
+        is_dotted = path.startswith(("./", "../"))
+        looks_like_path = not path.startswith("/") and ("/" in path or path.endswith(IMAGES))
+        if is_dotted or (looks_like_path and os.path.exists(path)):
+            raise ValueError(
+                f"{flag} {words!r}: {path} is relative to this folder, and jobs run in the copy of the code in the run "
+                f"folder; write {os.path.abspath(path)}"
+            )
 
 
 def parse_nodes(text: str) -> tuple[int, int]:
