@@ -287,6 +287,7 @@ def test_stages_are_those_that_there_is_something_to_do_for() -> None:
         (["--sbatch", "comment=a\n#SBATCH --nodes=9"], "holds a control character"),
         (["--stages", "trian"], "--stages trian: 'trian' is unknown"),
         (["--stages", "evaluate"], "there is nothing to evaluate on; name folders with --task"),
+        (["--stages", "evaluate", "--task", "/nowhere"], "run holds no trained model, so there is nothing to evaluate"),
         (["--task", "/nowhere"], "--task /nowhere: no folder with task.json"),
         (["--container=--container-image=x"], "this srun has no --container-image"),
         (["run.deepspeed=/nowhere.json"], "run.deepspeed=/nowhere.json: no such file"),
@@ -412,11 +413,31 @@ def test_a_run_folder_of_another_recipe(desk: Desk) -> None:
     line = refused(desk, "--nodes", "2", *ON_CPUS, "optim.lr=2e-3")
     assert "step-000004 was saved with optim.lr=0.001, now 0.002; undo that, or use another run.output_dir" in line
     shutil.rmtree(desk.run / "checkpoints")
+    (desk.run / "model").mkdir()
+    (desk.run / "model/embedder.json").touch()
     line = refused(desk, "--nodes", "2", *ON_CPUS, "optim.lr=2e-3")
     assert f"run.output_dir={desk.run} belongs to another recipe" in line and "optim.lr=0.001, this one 0.002" in line
     # What does not change the result may change.
     harmless = ["run.save_every=7", f"run.deepspeed={desk.recipe.parent}/zero1.json"]
     assert desk.submit("--dry-run", "--nodes", "2", *ON_CPUS, *harmless)[0] == 0
+
+
+def test_a_start_that_left_nothing_binds_nobody(desk: Desk) -> None:
+    save_one(desk, 4)
+    shutil.rmtree(desk.run / "checkpoints")
+    flags = ["--dry-run", "--nodes", "2", *ON_CPUS]
+    assert "other settings" not in desk.submit(*flags)[1]
+    changes = ["optim.lr=2e-3", "run.seed=7", "loss.temperature=0.5", "optim.weight_decay=0.5", "run.save_every=7"]
+    code, out, errors = desk.submit(*flags, *changes[:1])
+    assert code == 0, errors
+    (note,) = [line for line in out.splitlines() if "other settings" in line]
+    what = "was started with other settings (optim.lr: 0.001 -> 0.002) and has no checkpoint: training begins anew"
+    assert note == f"  note         run folder  {what}"
+    (note,) = [line for line in desk.submit(*flags, *changes)[1].splitlines() if "other settings" in line]
+    assert " and 1 more) and has no checkpoint" in note and "save_every" not in note
+    # A checkpoint that is damaged is one: training says what it makes of it.
+    (desk.run / "checkpoints/step-000004").mkdir(parents=True)
+    assert "belongs to another recipe" in refused(desk, "--nodes", "2", *ON_CPUS, "optim.lr=2e-3")
 
 
 def test_a_run_folder_of_another_store(desk: Desk) -> None:

@@ -12,6 +12,7 @@ from pipeline.cluster.findings import NOTE, OK, UNCHECKED, Finding, tried
 from pipeline.cluster.folder_checks import check_disk, check_places, check_resume, check_run_folder
 from pipeline.cluster.options import require_one_line
 from pipeline.cluster.pace import has_config, require_lead, require_time
+from pipeline.cluster.run_folder import is_trained
 from pipeline.cluster.wording import count, join_words
 from pipeline.data.finding import find_sources
 from pipeline.datatypes import RULES
@@ -133,8 +134,8 @@ def check_model(facts: Facts) -> list[Finding]:
 
 def check_tasks(facts: Facts) -> list[Finding]:
     """Evaluation tasks are folders with task.json; there is a model to score."""
-    if "train" not in facts.stages and not (facts.run / "model").is_dir():
-        raise ValueError(f"{facts.run}/model does not exist, so there is nothing to evaluate; add train to --stages")
+    if "train" not in facts.stages and not is_trained(facts.run):
+        raise ValueError(f"{facts.run} holds no trained model, so there is nothing to evaluate; add train to --stages")
     found = []
     for task in facts.tasks:
         require_one_line("--task", task)

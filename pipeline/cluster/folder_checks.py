@@ -7,10 +7,12 @@ from pathlib import Path
 from pipeline.cluster.facts import Facts
 from pipeline.cluster.findings import NOTE, OK, UNCHECKED, Finding
 from pipeline.cluster.options import require_one_line
+from pipeline.cluster.run_folder import is_trained
 from pipeline.cluster.wording import join_words
 from pipeline.files import file_sha256, take_lock
 from pipeline.settings import flatten, load_settings
 
+SHOWN_CHANGES = 3
 LOCAL_FOLDERS = ("/tmp/", "/var/tmp/", "/dev/shm/")  # of each node its own
 
 
@@ -35,16 +37,17 @@ def check_run_folder(facts: Facts) -> list[Finding]:
         if held is None:
             raise ValueError(f"a running process writes to run.output_dir={run}; wait for it, or name another folder")
         held.close()
-    _require_same_recipe(facts)
     state = "is new" if there != run else "is free"
-    return [Finding(OK, "run folder", f"{run} {state}")]
+    return [Finding(OK, "run folder", f"{run} {state}"), *_require_same_recipe(facts)]
 
 
-def _require_same_recipe(facts: Facts) -> None:
-    """ValueError where the newest checkpoint, or without one the last start, had other settings or another store."""
+def _require_same_recipe(facts: Facts) -> list[Finding]:
+    """ValueError where the newest checkpoint, or the finished model, is of other settings or of another store; a note
+    where only a start was, of which nothing is left.
+    """
     started = facts.run / "settings.yaml"
     if facts.newest is None and not started.is_file():
-        return
+        return []
     from pipeline.runtime.checkpoint import MAY_CHANGE, require_same_run  # torch: only where there is something
 
     if facts.newest is not None and (facts.newest / "state.json").is_file():
@@ -52,13 +55,19 @@ def _require_same_recipe(facts: Facts) -> None:
         inputs = {"data.store": file_sha256(manifest)} if manifest.is_file() else {}
         require_same_run(facts.newest, facts.settings, inputs)
     elif started.is_file():
-        now = flatten(facts.settings)
-        for key, before in flatten(load_settings(started)).items():
-            if key not in MAY_CHANGE and now[key] != before:
-                raise ValueError(
-                    f"run.output_dir={facts.run} belongs to another recipe: {started} has {key}={before!r}, this one "
-                    f"{now[key]!r}; undo that, or use another run.output_dir"
-                )
+        before, now = flatten(load_settings(started)), flatten(facts.settings)
+        changed = [key for key in before if key not in MAY_CHANGE and now[key] != before[key]]
+        if changed and (facts.newest is not None or is_trained(facts.run)):
+            raise ValueError(
+                f"run.output_dir={facts.run} belongs to another recipe: {started} has {changed[0]}="
+                f"{before[changed[0]]!r}, this one {now[changed[0]]!r}; undo that, or use another run.output_dir"
+            )
+        if changed:
+            some = ", ".join(f"{key}: {before[key]!r} -> {now[key]!r}" for key in changed[:SHOWN_CHANGES])
+            more = f" and {len(changed) - SHOWN_CHANGES} more" if len(changed) > SHOWN_CHANGES else ""
+            text = f"was started with other settings ({some}{more}) and has no checkpoint: training begins anew"
+            return [Finding(NOTE, "run folder", text)]
+    return []
 
 
 def check_resume(facts: Facts) -> list[Finding]:

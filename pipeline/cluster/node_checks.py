@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipeline.cluster.run_folder import is_trained
 from pipeline.settings import Settings
 
 STAGES = ("preprocess", "train", "evaluate")
@@ -117,7 +118,7 @@ def check_base(settings: Settings, facts: dict[str, str]) -> None:
 
 def require_model(run: Path) -> None:
     """ValueError where a run has no trained model."""
-    if not (run / "model" / "embedder.json").is_file():
+    if not is_trained(run):
         raise ValueError(f"{run} holds no trained model: model/embedder.json is missing")
 
 

@@ -138,6 +138,11 @@ def read_scores(path: Path) -> tuple[dict[str, float], int]:
         return {}, 0
 
 
+def is_trained(run: Path) -> bool:
+    """Whether training has ended well: model/ is renamed to its name when all of it is on disk."""
+    return (run / "model" / "embedder.json").is_file()
+
+
 # attempts/ and jobs/.
 
 

@@ -13,6 +13,7 @@ from pipeline.cluster.run_folder import (
     Attempt,
     Checkpoint,
     Progress,
+    is_trained,
     newest_checkpoint,
     rank_logs,
     read_attempts,
@@ -60,7 +61,7 @@ def read_status(run: Path) -> RunStatus:
     jobs, no_slurm = ask_slurm([*submitted_jobs(run), *(attempt.job for attempt in attempts)])
     silent = seconds_silent(run, attempts)
     scores, num_tasks = read_scores(run / "scores.json")
-    has_model = (run / "model" / "embedder.json").is_file()
+    has_model = is_trained(run)
     return RunStatus(
         run=str(run),
         state=find_state(progress, attempts, jobs, silent, has_model),
