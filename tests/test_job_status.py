@@ -15,7 +15,7 @@ import pytest
 from launching import REPOSITORY, environment, require_success
 from tiny_run import make_tiny_run
 
-from pipeline.cluster.job_states import Job, ask_slurm, read_scontrol, read_squeue
+from pipeline.cluster.job_states import QueuedJob, ask_slurm, read_scontrol, read_squeue
 from pipeline.cluster.rank_logs import Places, first_errors, logs_of, merged_lines, new_lines, rest_of
 from pipeline.cluster.run_folder import Attempt, Checkpoint, Progress, read_attempts, read_progress, submitted_jobs
 from pipeline.cluster.status import describe, find_state, read_status, spoken
@@ -211,6 +211,8 @@ def attempt_with(verdict: str) -> Attempt:
         (100, "done: 100 steps", ["COMPLETED"], 5.0, True, "done"),
         (100, "done: 100 steps", ["COMPLETED", "RUNNING"], 5.0, True, "running"),  # its evaluation
         (50, "", ["COMPLETED"], 5.0, False, "ended"),  # killed with its script
+        (50, "", ["PREEMPTED"], 5.0, False, "ended"),  # and not requeued: it would be PENDING
+        (50, "", ["REVOKED"], 5.0, False, "waiting"),  # another cluster of a federation has it
         (50, "", ["gone"], 5.0, False, "running"),  # another cluster's job
         (50, "", [], 9000.0, False, "silent"),
         (50, "", [], 250.0, False, "running"),
@@ -224,7 +226,7 @@ def attempt_with(verdict: str) -> Attempt:
 def test_the_state_in_a_word(
     step: int, verdict: str, states: list[str], silent: float | None, has_model: bool, expected: str
 ) -> None:
-    jobs = [Job(str(i), "x", state, "") for i, state in enumerate(states)]
+    jobs = [QueuedJob(str(i), "x", state, "") for i, state in enumerate(states)]
     attempts = [attempt_with(verdict)] if silent is not None else []
     assert find_state(progress_at(step) if step else None, attempts, jobs, silent, has_model) == expected
 
@@ -244,10 +246,10 @@ SCONTROL = (
 
 def test_jobs_as_slurm_tells_them() -> None:
     train, first, second = read_squeue(SQUEUE)
-    assert train == Job("412", "run-train", "RUNNING", "for 5:02:11 of 1-00:00:00 on 2 nodes: node[1-2]")
+    assert train == QueuedJob("412", "run-train", "RUNNING", "for 5:02:11 of 1-00:00:00 on 2 nodes: node[1-2]")
     assert first.id == "413_0" and first.detail == "Dependency, 1 nodes, time limit 4:00:00" and second.id == "413_1"
     ended = read_scontrol(SCONTROL)
-    assert ended == (Job("411", "run-preprocess", "COMPLETED", "exit code 0:0, ended 2026-01-01 10:00:07"),)
+    assert ended == (QueuedJob("411", "run-preprocess", "COMPLETED", "exit code 0:0, ended 2026-01-01 10:00:07"),)
     assert read_scontrol("JobId=9 ArrayJobId=8 ArrayTaskId=3 JobName=e JobState=FAILED\n")[0].id == "8_3"
 
 

@@ -11,12 +11,14 @@ MAX_JOBS = 20  # the newest ones that are asked for
 FORMAT = "%i|%j|%T|%M|%l|%D|%R"
 RUNNING = ("RUNNING", "COMPLETING", "CONFIGURING", "STAGE_OUT", "SUSPENDED", "STOPPED", "RESIZING", "SIGNALING")
 GONE = "gone"  # SLURM no longer knows the job: it ended some minutes ago, or is another cluster's
-OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE", GONE)
+FAULTS = ("FAILED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE")
+# REVOKED is not among them: another cluster of the federation has the job then.
+OVER = ("COMPLETED", "CANCELLED", "PREEMPTED", *FAULTS, GONE)
 
 
 @dataclass(frozen=True)
-class Job:
-    """A job, or a task of an array."""
+class QueuedJob:
+    """A job, or a task of an array, as the queue has it or had it."""
 
     id: str
     name: str
@@ -24,7 +26,7 @@ class Job:
     detail: str
 
 
-def ask_slurm(ids: Sequence[str]) -> tuple[tuple[Job, ...], str]:
+def ask_slurm(ids: Sequence[str]) -> tuple[tuple[QueuedJob, ...], str]:
     """(the jobs as SLURM has them, why its word is missing or "").
 
     Args:
@@ -46,7 +48,7 @@ def ask_slurm(ids: Sequence[str]) -> tuple[tuple[Job, ...], str]:
     return tuple(sorted(jobs, key=lambda job: [int(number) for number in re.findall(r"\d+", job.id)])), ""
 
 
-def read_squeue(text: str) -> tuple[Job, ...]:
+def read_squeue(text: str) -> tuple[QueuedJob, ...]:
     """Rows of squeue in FORMAT."""
     jobs = []
     for line in text.splitlines():
@@ -56,19 +58,19 @@ def read_squeue(text: str) -> tuple[Job, ...]:
                 detail = f"for {used} of {limit} on {nodes} nodes: {where}"
             else:
                 detail = f"{where.strip('()')}, {nodes} nodes, time limit {limit}"
-            jobs.append(Job(job, name, state, detail))
+            jobs.append(QueuedJob(job, name, state, detail))
     return tuple(jobs)
 
 
-def _ended(job: str) -> tuple[Job, ...]:
+def _ended(job: str) -> tuple[QueuedJob, ...]:
     """A job that squeue does not list; scontrol knows it for some minutes (MinJobAge)."""
     if shutil.which("scontrol") is None:
-        return (Job(job, "", GONE, ""),)
+        return (QueuedJob(job, "", GONE, ""),)
     code, text = _run("scontrol", "show", "job", "--oneliner", job)
-    return read_scontrol(text) if not code and "JobId=" in text else (Job(job, "", GONE, ""),)
+    return read_scontrol(text) if not code and "JobId=" in text else (QueuedJob(job, "", GONE, ""),)
 
 
-def read_scontrol(text: str) -> tuple[Job, ...]:
+def read_scontrol(text: str) -> tuple[QueuedJob, ...]:
     """Lines of `scontrol show job --oneliner`."""
     jobs = []
     for line in text.splitlines():
@@ -80,7 +82,7 @@ def read_scontrol(text: str) -> tuple[Job, ...]:
             array, task = fields.get("ArrayJobId"), fields.get("ArrayTaskId")
             job = f"{array}_{task}" if array and task else fields["JobId"]
             detail = f"exit code {fields.get('ExitCode', '?')}, ended {fields.get('EndTime', '?').replace('T', ' ')}"
-            jobs.append(Job(job, fields.get("JobName", ""), fields.get("JobState", "?"), detail))
+            jobs.append(QueuedJob(job, fields.get("JobName", ""), fields.get("JobState", "?"), detail))
     return tuple(jobs)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.cluster.job_states import GONE, OVER, RUNNING, Job, ask_slurm
+from pipeline.cluster.job_states import GONE, OVER, RUNNING, QueuedJob, ask_slurm
 from pipeline.cluster.run_folder import (
     Attempt,
     Checkpoint,
@@ -36,7 +36,7 @@ class RunStatus:
     progress: Progress | None
     checkpoint: Checkpoint | None
     attempts: tuple[Attempt, ...]  # oldest first
-    jobs: tuple[Job, ...]
+    jobs: tuple[QueuedJob, ...]
     no_slurm: str  # why SLURM's word on the jobs is missing
     silent_seconds: float | None  # since the run wrote anything
     scores: dict[str, float]  # "label mode" -> mean over its tasks
@@ -87,7 +87,11 @@ def require_run(run: Path) -> None:
 
 
 def find_state(
-    progress: Progress | None, attempts: Sequence[Attempt], jobs: Sequence[Job], silent: float | None, has_model: bool
+    progress: Progress | None,
+    attempts: Sequence[Attempt],
+    jobs: Sequence[QueuedJob],
+    silent: float | None,
+    has_model: bool,
 ) -> str:
     """done, running, waiting (in the queue), silent (perhaps ended without a word), ended or not started."""
     states = {job.state for job in jobs}
