@@ -280,6 +280,18 @@ def test_slurm_is_asked_where_it_is(run: Path, tmp_path: Path, capsys: pytest.Ca
     assert [job.state for job in ask_slurm(["412"])[0]] == ["gone"]
 
 
+def test_scontrol_is_asked_for_the_newest_ended_jobs_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tools, asked = tmp_path / "bin", tmp_path / "asked"
+    monkeypatch.setenv("PATH", str(tools))
+    write_command(tools, "squeue", f"printf '%s' '{SQUEUE}'")
+    write_command(tools, "scontrol", f'echo "$4" >>{asked}; echo "JobId=$4 JobName=x JobState=COMPLETED"')
+    jobs, _ = ask_slurm([*map(str, range(401, 412)), "412", "413"])
+    assert asked.read_text().split() == ["409", "410", "411"]
+    states = {job.id: job.state for job in jobs}
+    assert {states[str(job)] for job in range(401, 409)} == {"gone"}
+    assert [states[job] for job in ("409", "411", "412", "413_0")] == ["COMPLETED", "COMPLETED", "RUNNING", "PENDING"]
+
+
 def test_json_has_everything(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make_attempt(run, "1.0")
     make_attempt(run, "1.1", time.time() + 1)

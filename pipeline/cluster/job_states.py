@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 PATIENCE = 15  # seconds for an answer of SLURM
-MAX_JOBS = 20  # the newest ones that are asked for
+MAX_JOBS = 20  # the newest ones that squeue is asked for
+MAX_ENDED = 3  # the newest of those that it does not list, a chain: scontrol takes a call for each
 FORMAT = "%i|%j|%T|%M|%l|%D|%R"
 RUNNING = ("RUNNING", "COMPLETING", "CONFIGURING", "STAGE_OUT", "SUSPENDED", "STOPPED", "RESIZING", "SIGNALING")
-GONE = "gone"  # SLURM no longer knows the job: it ended some minutes ago, or is another cluster's
+GONE = "gone"  # SLURM no longer knows the job: it ended some minutes ago, or is another cluster's; or was not asked for
 FAULTS = ("FAILED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE")
 # REVOKED is not among them: another cluster of the federation has the job then.
 OVER = ("COMPLETED", "CANCELLED", "PREEMPTED", *FAULTS, GONE)
@@ -42,9 +43,10 @@ def ask_slurm(ids: Sequence[str]) -> tuple[tuple[QueuedJob, ...], str]:
         return (), f"squeue: {_last_line(text).removeprefix('squeue: ')}"
     jobs = read_squeue(text) if not code else ()
     found = {job.id.partition("_")[0] for job in jobs}
-    for job in wanted:
-        if job not in found:
-            jobs += _ended(job)
+    ended = [job for job in wanted if job not in found]
+    jobs += tuple(QueuedJob(job, "", GONE, "") for job in ended[:-MAX_ENDED])
+    for job in ended[-MAX_ENDED:]:
+        jobs += _ended(job)
     return tuple(sorted(jobs, key=lambda job: [int(number) for number in re.findall(r"\d+", job.id)])), ""
 
 
