@@ -15,12 +15,12 @@ from pipeline.cluster import node_checks
 from pipeline.cluster.meeting import hosts_of_ranks
 from pipeline.cluster.node_checks import (
     Found,
-    checkpoint_bytes,
     describe,
     judge,
     look_around,
     remove_stale_locks,
     require_space,
+    training_bytes,
 )
 from pipeline.data.store import open_store
 from pipeline.preprocess import main as preprocess
@@ -74,10 +74,10 @@ def test_any_error_of_a_check_is_told(recipe: Path, monkeypatch: pytest.MonkeyPa
 
 def test_checkpoints_that_lie_there_need_no_more_space(recipe: Path, tmp_path: Path) -> None:
     settings = load_settings(recipe, [f"run.output_dir={tmp_path}"])
-    before = checkpoint_bytes(settings)
+    before = training_bytes(settings)
     for step in (1, 2):
         (tmp_path / "checkpoints" / f"step-{step:06d}").mkdir(parents=True)
-    assert checkpoint_bytes(settings) == before * 16 // 40
+    assert training_bytes(settings) == before * 16 // 40
 
 
 def test_what_was_found_is_shown() -> None:
@@ -97,7 +97,7 @@ def test_disk_space(tmp_path: Path, recipe: Path) -> None:
     # Two layers of seven projections of rank 4 and three marker rows of 64 numbers; three checkpoints and the model.
     shapes = [(64, 64), (64, 32), (64, 32), (64, 64), (64, 96), (64, 96), (96, 64)]
     trained = 2 * sum(4 * (a + b) for a, b in shapes) + 3 * 64
-    assert checkpoint_bytes(settings) == trained * (3 * 12 + 4)
+    assert training_bytes(settings) == trained * (3 * 12 + 4)
     require_space(tmp_path, 1, {})
     with pytest.raises(ValueError, match=r"GiB free under .*, 1048576.0 GiB needed; free some, or for checkpoints"):
         require_space(tmp_path, 1 << 50, {})

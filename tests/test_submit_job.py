@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -455,6 +456,18 @@ def test_where_a_run_goes_on_is_said(desk: Desk) -> None:
     assert "optim.max_steps" in out, "another number of steps is another learning rate"
     out = " ".join(desk.submit("--dry-run", "--nodes", "2", *ON_CPUS)[1].split())
     assert f"training goes on after step 4: {desk.run}/checkpoints/step-000004" in out
+
+
+def test_a_disk_without_room_for_the_checkpoints(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_one(desk, 4)
+    size = sum(file.stat().st_size for file in (desk.run / "checkpoints/step-000004").iterdir())
+    need = 3 * size + size // 3  # four are there at a time, one of them is already, and the model
+    flags = ["--nodes", "2", *ON_CPUS, "run.keep_last=3"]
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=need))
+    assert desk.submit("--dry-run", *flags)[0] == 0
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=need - 1))
+    line = refused(desk, *flags)
+    assert "GB free, and 3 more checkpoints of" in line and line.endswith("; free some")
 
 
 # Time, signal and memory.

@@ -4,11 +4,12 @@ import os
 import shutil
 from pathlib import Path
 
+from pipeline.cluster.disk import disk_need
 from pipeline.cluster.facts import Facts
 from pipeline.cluster.findings import NOTE, OK, UNCHECKED, Finding
 from pipeline.cluster.options import require_one_line
 from pipeline.cluster.run_folder import is_trained
-from pipeline.cluster.wording import join_words
+from pipeline.cluster.wording import count, join_words
 from pipeline.files import file_sha256, take_lock
 from pipeline.settings import flatten, load_settings
 
@@ -81,15 +82,14 @@ def check_resume(facts: Facts) -> list[Finding]:
 
 
 def check_disk(facts: Facts) -> list[Finding]:
-    """Room for the checkpoints that are kept, and the one that is being written."""
-    saving, there_now = facts.saving, len(list((facts.run / "checkpoints").glob("step-*")))
-    coming = max(1, facts.settings.run.keep_last + 1 - there_now)  # those that lie there have their place
+    """Room for the checkpoints to come and the model."""
+    saving = facts.saving
     there = next(path for path in (facts.run, *facts.run.parents) if path.exists())
     free = shutil.disk_usage(there).free
     if saving is None:
         return [Finding(UNCHECKED, "disk", f"{free / 1e9:,.1f} GB free; a checkpoint's size: {facts.no_saving}")]
-    need = coming * saving.num_bytes
-    parts = f"{coming} more checkpoints of {saving.num_bytes / 1e9:,.3f} GB ({saving.source})"
+    coming, need = disk_need(facts.settings.run, saving.num_bytes)
+    parts = f"{count(coming, 'more checkpoint')} of {saving.num_bytes / 1e9:,.3f} GB ({saving.source}) and the model"
     if free < need:
         raise ValueError(f"{there} has {free / 1e9:,.1f} GB free, and {parts} need {need / 1e9:,.1f}; free some")
     return [Finding(OK, "disk", f"{parts}, {free / 1e9:,.1f} GB free")]

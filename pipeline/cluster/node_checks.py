@@ -12,13 +12,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipeline.cluster.disk import checkpoint_bytes, disk_need
+from pipeline.cluster.pace import model_shape
 from pipeline.cluster.run_folder import is_trained
 from pipeline.settings import Settings
 
 STAGES = ("preprocess", "train", "evaluate")
 GIB = 1 << 30
 READ_BYTES = 4 * GIB  # by a task: seconds
-BYTES_OF_A_WEIGHT = 12  # in a checkpoint: weight and two moments, fp32
 MAX_CLOCK_SECONDS = 5.0
 STALE_SECONDS = 600  # no extension compiles for longer
 
@@ -74,7 +75,7 @@ def look_around(stage: str, settings: Settings, rank: int, world_size: int) -> F
         attempt("token store", lambda: check_store(settings, rank, world_size, facts, notes))
         attempt("tokenizer", tokenizer)
         attempt("base model", lambda: check_base(settings, facts))
-        attempt("disk", lambda: require_space(Path(settings.run.output_dir), checkpoint_bytes(settings), notes))
+        attempt("disk", lambda: require_space(Path(settings.run.output_dir), training_bytes(settings), notes))
     if stage == "evaluate":
         attempt("model", lambda: require_model(Path(settings.run.output_dir)))
     if stage != "preprocess":
@@ -122,20 +123,13 @@ def require_model(run: Path) -> None:
         raise ValueError(f"{run} holds no trained model: model/embedder.json is missing")
 
 
-def checkpoint_bytes(settings: Settings) -> int:
-    """What the checkpoints to come and the model take on disk; 1 GiB where the model's shape is not known."""
-    from pipeline.model.shapes import read_shape
-    from pipeline.prompts import get_template
-
+def training_bytes(settings: Settings) -> int:
+    """What training will write; 1 GiB where the model's shape is not known."""
     try:
-        shape = read_shape(settings.model, len(get_template(settings.preprocess.template).markers))
+        shape = model_shape(settings, store=None)
     except ValueError:
         return GIB
-    trained = sum(shape.trained if settings.model.trained == "lora" else (*shape.frozen, shape.table))
-    # One more than is kept: the oldest goes when the newest is whole. What lies there already has its place.
-    there = len(list(Path(settings.run.output_dir, "checkpoints").glob("step-*")))
-    checkpoints = max(1, settings.run.keep_last + 1 - there)
-    return trained * BYTES_OF_A_WEIGHT * checkpoints + trained * 4
+    return disk_need(settings.run, checkpoint_bytes(shape))[1]
 
 
 def require_space(folder: Path, needed: int, notes: dict[str, str]) -> None:

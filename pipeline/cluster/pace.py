@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline.cluster.disk import checkpoint_bytes
 from pipeline.cluster.options import Options
 from pipeline.cluster.run_folder import read_attempts, whole_lines
 from pipeline.cluster.wording import format_time
@@ -145,13 +146,11 @@ def has_config(model: str) -> bool:
 
 
 def saving_of(newest: Path | None, settings: Settings, store: TokenStore | None, options: Options) -> Saving:
-    """Weights and both moments in fp32; of the newest checkpoint where there is one. ValueError: it is not known."""
+    """Of the newest checkpoint, or where there is none by the model's shape. ValueError: it is not known."""
     if newest is not None:
         num_bytes, source = sum(file.stat().st_size for file in newest.iterdir() if file.is_file()), newest.name
     else:
-        shape = model_shape(settings, store)
-        numel = sum(shape.frozen) + shape.table if shape.full else sum(shape.trained)
-        num_bytes, source = 12 * numel, "12 bytes of each trained number"
+        num_bytes, source = checkpoint_bytes(model_shape(settings, store)), "12 bytes of each trained number"
     return Saving(num_bytes, num_bytes / (options.storage_mb_per_s * 1e6), source)
 
 
