@@ -16,7 +16,6 @@ from pathlib import Path
 
 from pipeline.cluster.node_checks import (
     GIB,
-    STAGES,
     FirstTaskLost,
     describe,
     judge,
@@ -24,6 +23,7 @@ from pipeline.cluster.node_checks import (
     node_name,
     require_space,
 )
+from pipeline.cluster.options import STAGES
 from pipeline.settings import Settings, load_settings
 
 PATIENCE = 300.0  # seconds that the slowest node may need: a first import of torch over a busy network

@@ -17,7 +17,6 @@ from pipeline.cluster.pace import model_shape
 from pipeline.cluster.run_folder import is_trained
 from pipeline.settings import Settings
 
-STAGES = ("preprocess", "train", "evaluate")
 GIB = 1 << 30
 READ_BYTES = 4 * GIB  # by a task: seconds
 MAX_CLOCK_SECONDS = 5.0
