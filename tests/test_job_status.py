@@ -24,7 +24,7 @@ from pipeline.job_status import follow, main
 
 def step_line(step: int, **changes: Any) -> str:
     values = {"step": step, "total_steps": 100, "epoch": 0, "dataset": "nq", "loss": 2.0, "seconds": 4.0}
-    values |= {"queries_per_second": 128.0, "tokens_per_second": 50_000.0}
+    values |= {"chunks": 2, "queries_per_second": 128.0, "tokens_per_second": 50_000.0}
     return json.dumps(values | changes) + "\n"
 
 

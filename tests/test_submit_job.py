@@ -501,6 +501,9 @@ def test_measured_steps_are_taken_where_there_are_some(desk: Desk) -> None:
     line = plan_line(desk, "time", "run.save_every=10", "optim.max_steps=null")
     assert "a step 2.00 s (median of 18 steps of attempt 7.0)" in line and "no requeue expected" in line
     assert "1.0 s a chunk" in plan_line(desk, "signal", "run.save_every=10")
+    with (desk.run / "metrics.jsonl").open("a") as file:  # a damaged line is no step
+        file.write('{"step": "20", "total_steps": 40, "seconds": 9, "chunks": 2}\n[]\n{\n')
+    assert plan_line(desk, "time", "run.save_every=10", "optim.max_steps=null") == line
 
 
 def test_requeues_are_counted(desk: Desk) -> None:

@@ -6,16 +6,15 @@ Planning needs torch, so it is imported where it is called: `submit --help` and 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pipeline.cluster.disk import checkpoint_bytes
 from pipeline.cluster.options import Options
-from pipeline.cluster.run_folder import read_attempts, whole_lines
+from pipeline.cluster.run_folder import read_attempts, read_steps
 from pipeline.cluster.wording import format_time
 from pipeline.prompts import get_template
 from pipeline.runtime.sharding_json import read_deepspeed_json
@@ -54,7 +53,7 @@ class Saving:
 
 def measured_pace(run: Path, world_size: int, settings: Settings) -> Pace | None:
     """Of the last attempt on so many ranks and with the same chunks; None where there is none with enough steps."""
-    rows, before = read_steps(run / "metrics.jsonl"), run / "settings.yaml"
+    (rows, _), before = read_steps(run / "metrics.jsonl"), run / "settings.yaml"
     if not rows or not before.is_file() or load_settings(before).run.chunk_tokens != settings.run.chunk_tokens:
         return None
     last = math.inf
@@ -68,18 +67,6 @@ def measured_pace(run: Path, world_size: int, settings: Settings) -> Pace | None
             return Pace(step, chunk, f"median of {len(mine)} steps of attempt {attempt.name}")
         last = min(last, attempt.before)
     return None
-
-
-def read_steps(metrics: Path) -> list[dict[str, Any]]:
-    """The last whole lines of metrics.jsonl that say how long a step took; nothing where there is no file."""
-    rows = []
-    for line in whole_lines(metrics):
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        rows += [row] if isinstance(row, dict) and {"step", "seconds", "chunks"} <= row.keys() else []
-    return rows
 
 
 def estimated_case(

@@ -72,8 +72,7 @@ class Checkpoint:
 
 def read_progress(metrics: Path) -> Progress | None:
     """The end of metrics.jsonl; None where no step is done."""
-    lines = whole_lines(metrics)
-    rows = [row for line in lines if _is_step(row := _object(line))]
+    rows, damaged_lines = read_steps(metrics)
     if not rows:
         return None
     last, recent = rows[-1], rows[-RECENT_STEPS:]
@@ -91,8 +90,15 @@ def read_progress(metrics: Path) -> Progress | None:
         tokens_per_second=_median(recent, "tokens_per_second"),
         counted=len(recent),
         seconds_left=seconds * max(0, total - step),
-        damaged_lines=len(lines) - len(rows),
+        damaged_lines=damaged_lines,
     )
+
+
+def read_steps(metrics: Path) -> tuple[list[dict[str, Any]], int]:
+    """(the last steps in metrics.jsonl, the number of lines between them that are none)."""
+    lines = whole_lines(metrics)
+    rows = [row for line in lines if _is_step(row := _object(line))]
+    return rows, len(lines) - len(rows)
 
 
 def _object(line: str) -> dict[str, Any]:
@@ -105,7 +111,8 @@ def _object(line: str) -> dict[str, Any]:
 
 
 def _is_step(row: dict[str, Any]) -> bool:
-    return type(row.get("step")) is int and type(row.get("total_steps")) is int and _is_number(row.get("seconds"))
+    counts = ("step", "total_steps", "chunks")
+    return all(type(row.get(name)) is int for name in counts) and _is_number(row.get("seconds"))
 
 
 def _is_number(value: Any) -> bool:
