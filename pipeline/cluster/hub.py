@@ -110,44 +110,51 @@ def size_text(num_bytes: float) -> str:
 @contextmanager
 def explained(what: str, revision: str, root: Path) -> Iterator[None]:
     """Turn what the hub's libraries raise into ValueErrors that name the setting and the remedy."""
-    from huggingface_hub import constants, errors
-
     try:
         yield
     except Exception as error:
-        hub = constants.ENDPOINT
-        chain = _causes(error)
-        full = next((e for e in chain if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT)), None)
-        if full is not None:
-            raise ValueError(
-                f"{what}: the disk is full ({full.strerror}: {full.filename or root}); make room and run the same "
-                "command again: files that are whole are kept"
-            ) from error
-        if _any(chain, errors.GatedRepoError):
-            raise ValueError(
-                f"{what} is gated: accept its terms on its page at {hub}, log in with `hf auth login`, and run the "
-                "same command again"
-            ) from error
-        if _any(chain, errors.RevisionNotFoundError):
-            raise ValueError(f"{what} has no revision {revision!r}; name a branch, a tag or a commit") from error
-        if _any(chain, errors.RepositoryNotFoundError):
-            raise ValueError(
-                f"{what}: there is none of this name at {hub}, or it is private (then: `hf auth login`); a folder's "
-                "name begins with ./ or /"
-            ) from error
-        if _any(chain, errors.OfflineModeIsEnabled):
-            raise ValueError(f"{what}: HF_HUB_OFFLINE is set, and it is not here yet; unset HF_HUB_OFFLINE") from error
-        answers = [e.response for e in chain if isinstance(e, errors.HfHubHTTPError) and e.response is not None]
-        if answers and answers[0].status_code != 404:  # a file that is not there is for the others to explain
-            raise ValueError(f"{what}: {hub} answers {answers[0].status_code}; run the same command later") from error
-        if _any(chain, errors.HTTPError, errors.LocalEntryNotFoundError, ConnectionError, TimeoutError):
-            raise ValueError(
-                f"{what}: {hub} cannot be reached ({_first_line(chain[-1])}); run this on a machine with a network (a "
-                "login node), set HTTPS_PROXY if it needs one, or HF_ENDPOINT to a mirror"
-            ) from error
-        if isinstance(error, (ValueError, OSError, RuntimeError)) or type(error).__module__.startswith("datasets."):
-            raise ValueError(f"{what}: {_first_line(error)}") from error
-        raise
+        reason = _reason(what, error, revision, root)
+        if not reason:
+            raise
+        raise ValueError(reason) from error
+
+
+def _reason(what: str, error: Exception, revision: str, root: Path) -> str:
+    """What is wrong and how to mend it; "" for an error of the code."""
+    from huggingface_hub import constants, errors
+
+    hub, chain = constants.ENDPOINT, _causes(error)
+    full = next((e for e in chain if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT)), None)
+    if full is not None:
+        return (
+            f"{what}: the disk is full ({full.strerror}: {full.filename or root}); make room and run the same command "
+            "again: files that are whole are kept"
+        )
+    if _any(chain, errors.GatedRepoError):
+        return (
+            f"{what} is gated: accept its terms on its page at {hub}, log in with `hf auth login`, and run the same "
+            "command again"
+        )
+    if _any(chain, errors.RevisionNotFoundError):
+        return f"{what} has no revision {revision!r}; name a branch, a tag or a commit"
+    if _any(chain, errors.RepositoryNotFoundError):
+        return (
+            f"{what}: there is none of this name at {hub}, or it is private (then: `hf auth login`); a folder's name "
+            "begins with ./ or /"
+        )
+    if _any(chain, errors.OfflineModeIsEnabled):
+        return f"{what}: HF_HUB_OFFLINE is set, and it is not here yet; unset HF_HUB_OFFLINE"
+    answers = [e.response for e in chain if isinstance(e, errors.HfHubHTTPError) and e.response is not None]
+    if answers and answers[0].status_code != 404:  # a file that is not there is for the others to explain
+        return f"{what}: {hub} answers {answers[0].status_code}; run the same command later"
+    if _any(chain, errors.HTTPError, errors.LocalEntryNotFoundError, ConnectionError, TimeoutError):
+        return (
+            f"{what}: {hub} cannot be reached ({_first_line(chain[-1])}); run this on a machine with a network (a "
+            "login node), set HTTPS_PROXY if it needs one, or HF_ENDPOINT to a mirror"
+        )
+    if isinstance(error, (ValueError, OSError, RuntimeError)) or type(error).__module__.startswith("datasets."):
+        return f"{what}: {_first_line(error)}"
+    return ""
 
 
 def _causes(error: BaseException) -> list[BaseException]:
