@@ -46,7 +46,8 @@ STAND_INS = {
         fi
         echo "$@" >>"$SLURM_DESK/submitted"; echo "$id;testbed" """,
     "sinfo": """
-        printf 'main*|1-00:00:00|3|64\\nmain*|1-00:00:00|1|16\\nlong|infinite|8|64\\n' """,
+        away=$(cat "$SLURM_DESK/away" 2>/dev/null || echo idle)
+        printf "main*|1-00:00:00|3|64|$away\\nmain*|1-00:00:00|1|16|mixed\\nlong|infinite|8|64|idle\\n" """,
     "squeue": """
         if [ -s "$SLURM_DESK/queue" ]; then cat "$SLURM_DESK/queue"; exit 0; fi
         echo "slurm_load_jobs error: Invalid job id specified" >&2; exit 1 """,
@@ -364,6 +365,15 @@ def test_what_sbatch_says_of_a_wrong_account_is_passed_on(desk: Desk) -> None:
         "sbatch --test-only refuses the train job: Invalid account or account/partition combination specified" in line
     )
     assert "#SBATCH --account=nobody\n" in (desk.slurm / "tested").read_text()
+
+
+def test_a_job_that_waits_for_drained_nodes_is_taken(desk: Desk) -> None:
+    (desk.slurm / "refuse").write_text("allocation failure: Requested node configuration is not available\n")
+    assert "--test-only refuses the train job: allocation failure: Requested" in refused(desk, "--nodes", "2", *ON_CPUS)
+    (desk.slurm / "away").write_text("drained*")
+    code, out, errors = desk.submit("--nodes", "2", *ON_CPUS)
+    assert code == 0, errors
+    assert "note         train       sbatch --test-only: not now, with 3 nodes of the partition drained or down" in out
 
 
 def test_without_slurm_only_a_dry_run_works(desk: Desk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,9 +18,11 @@ from pipeline.cluster.job_states import OVER, ask_slurm
 from pipeline.cluster.job_text import Job
 from pipeline.cluster.options import FROM_ENVIRONMENT, Options
 from pipeline.cluster.run_folder import read_attempts, submitted_jobs
-from pipeline.cluster.wording import format_time, join_words, parse_time
+from pipeline.cluster.wording import count, format_time, join_words, parse_time
 
 TOOLS = ("sbatch", "squeue", "sinfo", "scancel")
+AWAY = ("drain", "down", "fail", "maint", "reserved", "unknown")  # how sinfo's states of such nodes begin
+NOT_NOW = "Requested node configuration is not available"  # that no node has, or that all nodes that have it are away
 SECONDS = 120  # that a busy controller may take to answer
 
 
@@ -32,6 +34,7 @@ class Partition:
     nodes: int
     cpus: int  # of the largest node
     is_default: bool
+    away: int  # nodes that take no jobs now
 
 
 def check_cluster(options: Options, jobs: Sequence[Job], run: Path, dry: bool) -> list[Finding]:
@@ -49,7 +52,10 @@ def check_cluster(options: Options, jobs: Sequence[Job], run: Path, dry: bool) -
     findings += check_partitions(partitions, options, [job.stage for job in jobs])
     findings += tried("container", lambda: check_container(options)) if options.container else []
     for job in jobs:
-        findings += tried(job.stage, partial(try_job, job))
+        away = sum(
+            partitions[name].away for name in partitions_of(partitions, options, job.stage) if name in partitions
+        )
+        findings += tried(job.stage, partial(try_job, job, away))
     defaults = [f"SBATCH_{name.upper()}" for name in FROM_ENVIRONMENT]
     if unused := sorted(name for name in os.environ if name.startswith("SBATCH_") and name not in defaults):
         text = f"{', '.join(unused)} of the environment: not used, job texts hold every option; --sbatch adds some"
@@ -68,14 +74,14 @@ def check_partitions(known: Mapping[str, Partition], options: Options, stages: S
 def check_partition(known: Mapping[str, Partition], options: Options, stages: Sequence[str]) -> str:
     """What the partition of these stages, which share it, has to offer; ValueError where that is too little."""
     named = options.places_of(stages[0]).get("partition", "")
-    asked = named or next((name for name in known if known[name].is_default), "")
+    names = partitions_of(known, options, stages[0])
     option = f"--{stages[0]}-partition" if stages[0] in options.partitions else "--partition"
-    if not asked:
+    if not names:
         raise ValueError(f"--partition is not given and there is no default one; known: {', '.join(known)}")
-    for name in asked.split(","):
+    for name in names:
         if name not in known:
             raise ValueError(f"{option} {name!r} does not exist; known: {', '.join(known)}")
-    some = [known[name] for name in asked.split(",")]
+    asked, some = ",".join(names), [known[name] for name in names]
     limit, nodes, cpus = (max(getattr(one, name) for one in some) for name in ("limit", "nodes", "cpus"))
     for stage in stages:
         flag = "--time" if stage == "train" else f"--{stage}-time"
@@ -95,11 +101,17 @@ def check_partition(known: Mapping[str, Partition], options: Options, stages: Se
     return f"{what}: {nodes} nodes, up to {cpus} cores each, time limit {format_time(limit)}"
 
 
+def partitions_of(known: Mapping[str, Partition], options: Options, stage: str) -> list[str]:
+    """Names of the partitions that a stage may run in; none where none is named and there is no default."""
+    named = options.places_of(stage).get("partition", "")
+    return named.split(",") if named else [name for name in known if known[name].is_default][:1]
+
+
 def read_partitions() -> dict[str, Partition]:
-    """Name -> what sinfo says of a partition, which may have several lines: one for each kind of nodes."""
+    """Name -> what sinfo says of a partition, which has a line for each kind and state of nodes."""
     found: dict[str, Partition] = {}
-    for line in _ask("sinfo", "--noheader", "--all", "--exact", "--format=%P|%l|%D|%c").splitlines():
-        name, limit, nodes, cpus = line.strip().split("|")
+    for line in _ask("sinfo", "--noheader", "--all", "--exact", "--format=%P|%l|%D|%c|%T").splitlines():
+        name, limit, nodes, cpus, state = line.strip().split("|")
         unlimited = limit.lower() in ("infinite", "n/a", "unlimited")
         seconds = math.inf if unlimited else parse_time("sinfo's limit", limit)
         before = found.get(name.rstrip("*"))
@@ -108,6 +120,7 @@ def read_partitions() -> dict[str, Partition]:
             int(nodes) + (before.nodes if before else 0),
             max(int(cpus.rstrip("+")), before.cpus if before else 0),
             name.endswith("*"),
+            int(nodes) * state.startswith(AWAY) + (before.away if before else 0),
         )
     return found
 
@@ -136,12 +149,21 @@ def check_container(options: Options) -> str:
     return options.container
 
 
-def try_job(job: Job) -> str:
-    """What sbatch --test-only says of a job: when it would start; ValueError where it would not be taken."""
+def try_job(job: Job, away: int) -> list[Finding]:
+    """What sbatch --test-only says of a job: when it would start; ValueError where it would not be taken.
+
+    It refuses a job that has to wait for nodes that are drained or down, too, which sbatch itself takes.
+    """
     result = _run(("sbatch", "--test-only"), job.text)
+    if result.returncode and away and NOT_NOW in result.stderr:
+        where = f"{count(away, 'node')} of the partition drained or down"
+        text = (
+            f"sbatch --test-only: not now, with {where}; the job waits for them, for ever if none is what it asks for"
+        )
+        return [Finding(NOTE, job.stage, text)]
     if result.returncode:
         raise ValueError(f"sbatch --test-only refuses the {job.stage} job: {_message(result)}")
-    return f"sbatch --test-only: {_message(result)}"
+    return [Finding(OK, job.stage, f"sbatch --test-only: {_message(result)}")]
 
 
 def submit(script: Path, after: str) -> tuple[str, list[str]]:
