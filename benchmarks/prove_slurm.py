@@ -39,6 +39,7 @@ from slurm_cluster import (
 # What a start takes on this cluster (6 s that SLURM lets a requeued job wait, check of the nodes, imports, loading) and
 # what SLURM takes to notice that a node is dead (10 s), with room for a machine that is at other work too.
 BOUND = 90.0  # seconds from a disturbance to the first new step
+STEP_SECONDS = 3.0  # at most: with a checkpoint, beside other work
 COUNTS = {
     "time limit": 1,
     "scontrol requeue": 3,
@@ -114,7 +115,7 @@ def disturb_run(place: Place, out: Path, events: list[str], recoveries: list[Rec
         recoveries.append(recovery)
         again = "came to its end" if recovery.new_step is None else f"first new step after {recovery.new_step:.1f} s"
         print(f"  {event}: ranks gone after {recovery.ranks_gone:.1f} s, {again}", flush=True)
-    (ended,) = wait_job(place.cluster, job, 2 * BOUND)
+    (ended,) = wait_job(place.cluster, job, BOUND + STEP_SECONDS * STEPS)
     assert ended["JobState"] == "COMPLETED", f"job {job} is {ended['JobState']}: {tail(log(out))}"
 
 
