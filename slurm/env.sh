@@ -9,7 +9,8 @@ unset SLURM_EXPORT_ENV
 
 # The code of this folder and no other; nothing beside the script that is run.
 export PYTHONPATH="$PWD:$PWD/kernels" PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1 PYTHONFAULTHANDLER=1
-if [ -d .venv ]; then export PATH="$PWD/.venv/bin:$PATH"; fi
+# Without links: what compiles at run time compiles anew where the path of its includes is another.
+if [ -d .venv ]; then export PATH="$(cd .venv && pwd -P)/bin:$PATH"; fi
 
 # EDIT: how python is found on compute nodes: modules and a virtual environment, or a container (below).
 # module purge; module load cuda/12.8

@@ -193,10 +193,12 @@ def test_the_first_task_is_missed_by_the_others(recipe: Path, tmp_path: Path, mo
 
 def test_locks_of_killed_compilations_are_removed(tmp_path: Path) -> None:
     notes: dict[str, str] = {}
-    old, new = tmp_path / "a" / "lock", tmp_path / "b" / "lock"
-    for lock in (old, new):
+    left, held, new = (tmp_path / name / "lock" for name in ("left", "held", "new"))
+    for lock in (left, held, new):
         lock.parent.mkdir()
         lock.touch()
-    os.utime(old, (0, 0))
-    remove_stale_locks(tmp_path, notes)
-    assert not old.exists() and new.exists() and str(old) in notes["extensions"]
+    for lock in (left, held):
+        os.utime(lock, (0, 0))
+    with held.open():
+        remove_stale_locks(tmp_path, notes)
+    assert [lock.exists() for lock in (left, held, new)] == [False, True, True] and str(left) in notes["extensions"]

@@ -187,3 +187,12 @@ def wait_for(path: Path) -> None:
     while not path.exists():
         assert time.monotonic() < limit, f"no {path}"
         time.sleep(0.05)
+
+
+def test_the_environment_names_the_virtual_environment_by_its_own_path(tmp_path: Path) -> None:
+    (tmp_path / "real" / "bin").mkdir(parents=True)
+    (tmp_path / "copy").mkdir()
+    (tmp_path / "copy" / ".venv").symlink_to(tmp_path / "real")
+    command = f"source {REPOSITORY}/slurm/env.sh; echo $PATH"
+    done = subprocess.run(["bash", "-c", command], cwd=tmp_path / "copy", capture_output=True, text=True, check=True)
+    assert done.stdout.split(":")[0] == str(tmp_path / "real" / "bin")
