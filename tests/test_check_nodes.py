@@ -1,6 +1,5 @@
 """The check of a job's nodes: what is wrong is named, and the node with it, within a bounded time."""
 
-import os
 import re
 import shutil
 import time
@@ -18,7 +17,6 @@ from pipeline.cluster.node_checks import (
     describe,
     judge,
     look_around,
-    remove_stale_locks,
     require_space,
     training_bytes,
 )
@@ -189,16 +187,3 @@ def test_the_first_task_is_missed_by_the_others(recipe: Path, tmp_path: Path, mo
     first.communicate(timeout=20)
     assert second.returncode == 2 and "error: " in said
     assert [path.name for path in tmp_path.iterdir()] == ["unreached.n7"]
-
-
-def test_locks_of_killed_compilations_are_removed(tmp_path: Path) -> None:
-    notes: dict[str, str] = {}
-    left, held, new = (tmp_path / name / "lock" for name in ("left", "held", "new"))
-    for lock in (left, held, new):
-        lock.parent.mkdir()
-        lock.touch()
-    for lock in (left, held):
-        os.utime(lock, (0, 0))
-    with held.open():
-        remove_stale_locks(tmp_path, notes)
-    assert [lock.exists() for lock in (left, held, new)] == [False, True, True] and str(left) in notes["extensions"]

@@ -20,7 +20,6 @@ from pipeline.settings import Settings
 GIB = 1 << 30
 READ_BYTES = 4 * GIB  # by a task: seconds
 MAX_CLOCK_SECONDS = 5.0
-STALE_SECONDS = 60  # before that a lock may be that of a process that this one cannot see: a container's
 
 
 class FirstTaskLost(ValueError):
@@ -79,8 +78,6 @@ def look_around(stage: str, settings: Settings, rank: int, world_size: int) -> F
         attempt("model", lambda: require_model(Path(settings.run.output_dir)))
     if stage != "preprocess":
         attempt("GPU", lambda: check_gpu(notes))
-    if folder := os.environ.get("TORCH_EXTENSIONS_DIR"):
-        attempt("extensions", lambda: remove_stale_locks(Path(folder), notes))
     return Found(rank, node_name(), facts, notes, tuple(faults), time.time())
 
 
@@ -140,28 +137,6 @@ def require_space(folder: Path, needed: int, notes: dict[str, str]) -> None:
     notes["disk"] = f"{free / GIB:.1f} GiB free under {folder}, {needed / GIB:.1f} GiB needed"
     if free < needed:
         raise ValueError(f"{notes['disk']}; free some, or for checkpoints lower run.keep_last")
-
-
-def remove_stale_locks(folder: Path, notes: dict[str, str]) -> None:
-    """Remove the locks of compilations that were killed: torch's extension loader would wait for them for ever.
-
-    It holds its lock file open while it compiles.
-    """
-    for lock in folder.glob("*/lock"):
-        if time.time() - lock.stat().st_mtime > STALE_SECONDS and not is_open(lock):
-            lock.unlink(missing_ok=True)
-            notes["extensions"] = f"removed {lock}, which a compilation that was killed has left"
-
-
-def is_open(path: Path) -> bool:
-    """Whether a process of this user holds a file open."""
-    for link in Path("/proc").glob("[0-9]*/fd/*"):
-        try:
-            if link.samefile(path):
-                return True
-        except OSError:  # ended or closed meanwhile, or another user's
-            continue
-    return False
 
 
 def check_gpu(notes: dict[str, str]) -> None:

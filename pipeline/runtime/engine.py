@@ -6,6 +6,7 @@ The JSON owns sharding, offload and communication; the recipe owns batch, precis
 
 import contextlib
 import functools
+import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
@@ -19,6 +20,7 @@ from transformers.integrations import HfDeepSpeedConfig
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from pipeline.model.encoder import trainable_parameters
+from pipeline.runtime.extensions import remove_stale_locks
 from pipeline.runtime.ranks import Ranks
 from pipeline.runtime.sharding_json import read_deepspeed_json, zero_stage
 from pipeline.runtime.watch import StopRequested, Watch, end_alone
@@ -39,6 +41,7 @@ from deepspeed.utils import (
 )
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+log = logging.getLogger(__name__)
 
 
 def start_distributed(ranks: Ranks, max_stall_seconds: float = 1800.0) -> None:
@@ -48,6 +51,8 @@ def start_distributed(ranks: Ranks, max_stall_seconds: float = 1800.0) -> None:
     """
     if ranks.device.type == "cuda":
         torch.cuda.set_device(ranks.device)
+    for lock in remove_stale_locks():
+        log.warning("removed %s, which a compilation that was killed has left: this run would have waited for it", lock)
     backend, patience = "nccl" if ranks.device.type == "cuda" else "gloo", timedelta(seconds=max_stall_seconds + 120)
     deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=patience)
     _unlink_shared_memory(ranks)
