@@ -17,6 +17,8 @@ ARGS ?=
 
 # DeepSpeed builds its CPU collectives on first use and looks for ninja on the PATH.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
+# In the environment that they are compiled for: two checkouts that shared a folder would compile anew in turn.
+export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/$(VENV)/torch_extensions
 NUM_GPUS := $(shell nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)
 ifeq ($(NUM_GPUS),0)
 export DS_ACCELERATOR := cpu

@@ -18,7 +18,8 @@ from pathlib import Path
 from launching import REPOSITORY, environment
 
 # Compiled for the tests without SLURM already; a node's own folder is empty, and the compiler takes half a minute.
-EXTENSIONS = Path.home() / f".cache/torch_extensions/py{sys.version_info.major}{sys.version_info.minor}_cpu"
+DEFAULT_EXTENSIONS = Path.home() / f".cache/torch_extensions/py{sys.version_info.major}{sys.version_info.minor}_cpu"
+EXTENSIONS = os.environ.get("TORCH_EXTENSIONS_DIR") or str(DEFAULT_EXTENSIONS)
 SCRIPT = Path(__file__).with_name("slurm_cluster.sh")
 OVER = frozenset({"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "BOOT_FAIL", "OUT_OF_MEMORY"})
 
@@ -77,7 +78,7 @@ def run(
     return subprocess.run(
         ["bash", SCRIPT, "in", cluster.folder, *command],
         cwd=cwd,
-        env=environment() | {"BGE_ICL_EXTENSIONS_DIR": str(EXTENSIONS)} | dict(variables or {}),
+        env=environment() | {"BGE_ICL_EXTENSIONS_DIR": EXTENSIONS} | dict(variables or {}),
         capture_output=True,
         text=True,
         timeout=seconds,

@@ -1,4 +1,4 @@
-"""What a compilation that was killed leaves: DeepSpeed builds extensions on first use, and torch guards them by locks."""
+"""What a killed compilation leaves: DeepSpeed builds extensions on first use, and torch guards them by locks."""
 
 import os
 import time
