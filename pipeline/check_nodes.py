@@ -24,6 +24,7 @@ from pipeline.cluster.node_checks import (
     require_space,
 )
 from pipeline.cluster.options import STAGES
+from pipeline.files import exit_code, file_sha256, take_lock
 from pipeline.settings import Settings, load_settings
 
 PATIENCE = 300.0  # seconds that the slowest node may need: a first import of torch over a busy network
@@ -53,13 +54,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         settings = load_settings(arguments.config, arguments.overrides)
     except (ValueError, OSError) as error:
-        if os.environ.get("SLURM_PROCID", "0") == "0":
+        if os.environ.get("SLURM_PROCID", "0") == "0" and exit_code(error) == 2:
             report([f"  error: {error}"])  # a verdict: the job need not come back for it
         print(f"error: {error}", file=sys.stderr)
         return 2
     try:
         if arguments.copy_store:
-            copy = copy_store(Path(settings.data.store), arguments.copy_store)
+            try:
+                copy = copy_store(Path(settings.data.store), arguments.copy_store)
+            except (ValueError, OSError) as error:
+                raise ValueError(f"{node_name()}: {error}") from error
             if os.environ.get("SLURM_PROCID", "0") == "0":
                 leave_word("node_store", f"{copy}\n")
             return 0
@@ -89,7 +93,9 @@ def check(stage: str, settings: Settings, patience: float) -> int:
         verdict = "bad" if lines else "good"
         nodes = len({task.host for task in found} | set(missing.values()))
         report([f"check of the nodes for {stage}: {ranks.world_size} tasks on {nodes} nodes", *describe(found)])
-        blame(lines, bad_nodes)
+        of_tasks = [task for task in found if task.faults]
+        only_faults = len(lines) == sum(len(task.faults) for task in of_tasks)
+        blame(lines, bad_nodes, may_pass=only_faults and all(task.may_pass for task in of_tasks))
     good = announce(store, ranks, "verdict", verdict, 2 * patience) == "good"
     if good and stage == "train" and ranks.world_size > 1:
         speed = measure_all_reduce(store, ranks, patience)
@@ -110,12 +116,12 @@ def report(lines: Sequence[str]) -> None:
             file.write(text)
 
 
-def blame(lines: Sequence[str], bad_nodes: dict[str, str]) -> None:
-    """Say what is wrong, and leave the names of bad nodes for the job script."""
+def blame(lines: Sequence[str], bad_nodes: dict[str, str], may_pass: bool) -> None:
+    """Say what is wrong, and leave the names of bad nodes for the job script; what may pass does not end a job."""
     for line in lines:
         print(f"error: {line}", file=sys.stderr, flush=True)
     if lines:
-        report([f"  error: {line}" for line in lines])
+        report([f"  {'away' if may_pass else 'error'}: {line}" for line in lines])
     if bad_nodes:
         leave_word("bad_nodes", "".join(f"{host} {reason}\n" for host, reason in bad_nodes.items()))
 
@@ -132,7 +138,6 @@ def copy_store(source: Path, folder: Path) -> Path:
     It is named by what is in it: a job that comes back finds it, and so does another job of the same store.
     """
     from pipeline.data.store import open_store
-    from pipeline.files import file_sha256, take_lock
 
     def is_whole(store: Path) -> bool:
         try:

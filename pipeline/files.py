@@ -15,9 +15,8 @@ from typing import IO, Any
 
 # A file system, or the way to it, that is away for a while.
 PASSING = {errno.ESTALE, errno.EIO, errno.ETIMEDOUT, errno.ENOTCONN, errno.ECONNRESET, errno.EHOSTDOWN, errno.EREMOTEIO}
-LEASE_SECONDS = (
-    300.0  # after which file systems free the locks of a node that is gone: NFSv4 after 90, Lustre after 100
-)
+# After which file systems free the locks of a node that is gone: NFSv4 after 90, Lustre after 100.
+LEASE_SECONDS = 300.0
 
 
 def safe_name(dataset: str) -> str:
@@ -58,9 +57,18 @@ def write_text(path: Path, text: str) -> None:
     write_atomic(path, lambda temporary: temporary.write_bytes(text.encode("utf-8")))
 
 
+def passing_errno(error: BaseException | None) -> int:
+    """The number of PASSING that an error, or one that it was raised from, has; 0 where there is none."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in PASSING:
+            return error.errno
+        error = error.__cause__
+    return 0
+
+
 def exit_code(error: Exception) -> int:
     """2 for what someone has to mend; 1 for a file system that is away, which may be back when the job comes back."""
-    return 1 if isinstance(error, OSError) and error.errno in PASSING else 2
+    return 1 if passing_errno(error) else 2
 
 
 def take_lock(path: Path, wait: bool = False) -> IO[str] | None:
@@ -70,6 +78,7 @@ def take_lock(path: Path, wait: bool = False) -> IO[str] | None:
 
     Raises:
         ValueError: the file system has no locks.
+        OSError: it cannot be asked.
     """
     lock = path.open("a+", encoding="utf-8")
     try:
@@ -79,6 +88,8 @@ def take_lock(path: Path, wait: bool = False) -> IO[str] | None:
         return None
     except OSError as error:
         lock.close()
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise
         raise ValueError(
             f"{path} cannot be locked ({error.strerror}): its file system has no locks (Lustre has them when it is "
             "mounted with -o flock); use a folder on another one"
@@ -87,19 +98,20 @@ def take_lock(path: Path, wait: bool = False) -> IO[str] | None:
 
 
 @contextmanager
-def locked(path: Path, message: str) -> Iterator[None]:
+def locked(path: Path, message: str, patience: float = 0.0) -> Iterator[None]:
     """Hold the lock file `path` for this process; the lock goes with the process, however it ends.
 
-    A job of SLURM that came back waits for a while: of a node that it lost, file systems keep the locks so long.
+    Args:
+        message: of the error where another process holds it.
+        patience: seconds to wait for it.
 
     Raises:
-        ValueError: another process holds it (`message`), or the file system has no locks.
+        ValueError: another process holds it, or the file system has no locks.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    lock, end = take_lock(path), time.monotonic()
-    if lock is None and int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0:
-        print(f"{path} is held; waiting up to {LEASE_SECONDS:.0f} s for a node that was lost to lose it", flush=True)
-        end += LEASE_SECONDS
+    lock, end = take_lock(path), time.monotonic() + patience
+    if lock is None and patience:
+        print(f"{path} is held; waiting up to {patience:.0f} s for it", flush=True)
     while lock is None and time.monotonic() < end:
         time.sleep(1)
         lock = take_lock(path)
@@ -107,6 +119,11 @@ def locked(path: Path, message: str) -> Iterator[None]:
         raise ValueError(message)
     with lock:
         yield
+
+
+def lease_patience() -> float:
+    """How long to wait for a lock of a run: of a node that a job of SLURM has lost, file systems keep locks so long."""
+    return LEASE_SECONDS if int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0 else 0.0
 
 
 def read_json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -73,7 +73,7 @@ def submit_chain(jobs: Sequence[Job], folder: Path, record: dict[str, object]) -
         try:
             id, command = submit(script_of(folder, job.stage), ids[-1] if ids else "")
         except ValueError as error:
-            done = f"; of the jobs before it: {cancel(ids)}" if ids else "; no job is queued"
+            done = f"; of the jobs before it: {cancel(ids)}" if ids else "; no other job is queued"
             raise ValueError(f"{error}{done}") from None
         ids, commands = [*ids, id], [*commands, command]
         stages = [job.stage for job in jobs[: len(ids)]]

@@ -29,7 +29,7 @@ begin() {
   MAX_STUCK=${BGE_ICL_MAX_STUCK:-3}  # starts that gain no step, after which a job stops coming back
   PATIENCE=${BGE_ICL_PATIENCE:-300}
   if [ "$1" = --run ]; then BGE_ICL_RUN=$2; fi
-  RUN=${BGE_ICL_RUN:-$(step --nodes=1 --ntasks=1 -- python pipeline/job_status.py --where --config "$@")} || exit 2
+  RUN=${BGE_ICL_RUN:-$(step --nodes=1 --ntasks=1 -- python pipeline/job_status.py --where --config "$@")} || leave_early $?
   ATTEMPT=$RUN/attempts/$ATTEMPT_NAME
   mkdir -p "$ATTEMPT" || exit 2
   export BGE_ICL_ATTEMPT=$ATTEMPT
@@ -40,12 +40,18 @@ begin() {
   if [ -z "${SLURM_JOB_END_TIME:-}" ]; then
     local end
     end=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/.* EndTime=\([^ ]*\).*/\1/p' | head -n 1)
-    if end=$(date -d "$end" +%s 2>/dev/null); then export SLURM_JOB_END_TIME=$end; fi
+    if [ -n "$end" ] && end=$(date -d "$end" +%s 2>/dev/null); then export SLURM_JOB_END_TIME=$end; fi
   fi
   # What explains a run, and no secret: others may read the run folder.
   env | grep -E '^(SLURM|BGE_ICL|NCCL|GLOO|CUDA|DS|OMP|TORCH|TRITON|PYTHON|SRUN)[A-Z_]*=|^(PATH|LD_LIBRARY_PATH|HF_HOME)=' |
     sort >"$ATTEMPT/env.txt"
   echo "attempt $ATTEMPT_NAME on $SLURM_JOB_NODELIST: $ATTEMPT"
+}
+
+# leave_early CODE: the run folder could not be told. A wrong recipe is an end; anything else, some starts later, too.
+leave_early() {
+  if [ "$1" != 2 ] && [ $TERMED = 0 ] && [ "${SLURM_RESTART_COUNT:-0}" -lt "$MAX_STUCK" ]; then requeue; fi
+  exit "$1"
 }
 
 # The number of steps in the newest checkpoint.
@@ -61,8 +67,12 @@ check_nodes() {
   shift
   if [ "$stage" = train ]; then tasks=("${TASKS[@]}"); fi
   # One task's fault must not end the others before the first one has judged; one that never ends is given up.
-  if (step "${tasks[@]}" --kill-on-bad-exit=0 --wait=$((2 * PATIENCE + 60)) -- python pipeline/check_nodes.py \
-    --for "$stage" --patience "$PATIENCE" --config "$@"); then return; fi
+  (
+    BEFORE=(timeout -k 30 $((4 * PATIENCE + 120)))
+    step "${tasks[@]}" --kill-on-bad-exit=0 --wait=$((2 * PATIENCE + 60)) -- python pipeline/check_nodes.py \
+      --for "$stage" --patience "$PATIENCE" --config "$@"
+  )
+  if grep -q '^  all is well' "$ATTEMPT/preflight.txt" 2>/dev/null; then return; fi
   blame_first_node
   if [ "$(cat "$RUN"/attempts/"$JOB".*/bad_nodes 2>/dev/null | wc -l)" -ge $((4 * MAX_STUCK)) ]; then
     finish 2 "gave up: the checks of $JOB found too many bad nodes: see bad_nodes of its attempts"
@@ -71,19 +81,22 @@ check_nodes() {
     come_back_without "$(cut -d' ' -f1 "$ATTEMPT/bad_nodes" | sort -u | paste -sd,)"
   fi
   if grep -q '^  error: ' "$ATTEMPT/preflight.txt" 2>/dev/null; then finish 2 "failed: the check of the nodes, see above"; fi
-  come_back_unless_stuck "the check of the nodes came to no verdict"
+  come_back_at_most "$MAX_STUCK" "the check of the nodes came to no verdict"
 }
 
-# blame_first_node: the first task judges; where it said nothing and every other node waited for it, its own node is bad.
+# blame_first_node: the first task judges. Where all other nodes live and did not reach it, its own node is the bad one.
 blame_first_node() {
   local first others
-  if [ -e "$ATTEMPT/preflight.txt" ] || [ "$SLURM_JOB_NUM_NODES" = 1 ]; then return; fi
+  if [ "$SLURM_JOB_NUM_NODES" = 1 ]; then return; fi
   first=$(head -n 1 "$ATTEMPT/nodes")
   others=$(find "$ATTEMPT" -maxdepth 1 -name 'unreached.*' ! -name "unreached.$first" | wc -l)
-  if [ "$others" -ge $((SLURM_JOB_NUM_NODES - 1)) ]; then
-    echo "error: $first, where the first task was to be, answered no other node" >&2
-    echo "$first answers nobody" >"$ATTEMPT/bad_nodes"
+  if [ "$others" -lt $((SLURM_JOB_NUM_NODES - 1)) ]; then return; fi
+  if [ "$SLURM_JOB_NUM_NODES" = 2 ] && [ -e "$ATTEMPT/preflight.txt" ]; then
+    rm -f "$ATTEMPT/bad_nodes"  # both live, and which of them is cut off is not known
+    return
   fi
+  echo "error: $first, where the first task was to be, answered no other node" >&2
+  echo "$first answers nobody" >"$ATTEMPT/bad_nodes"
 }
 
 # run_ranks command: one task a rank, each with a log of its own; the first one's lines come here too.
@@ -136,6 +149,17 @@ come_back_unless_stuck() {
   come_back "$1; $saved steps are saved"
 }
 
+# come_back_at_most NUMBER REASON [DETAIL]: requeue, unless so many starts before this one, in a row, had that reason.
+come_back_at_most() {
+  local restart=$((${SLURM_RESTART_COUNT:-0} - 1)) number=0
+  if [ $TERMED = 1 ]; then finish 143 "stopped: by SLURM or its user ($2${3:-}); the same job goes on from there"; fi
+  while grep -q "^requeued: $2" "$RUN/attempts/$JOB.$restart/verdict" 2>/dev/null; do
+    number=$((number + 1)) restart=$((restart - 1))
+  done
+  if [ $number -ge "$1" ]; then finish 1 "gave up: $2${3:-}, as $number starts before; mend the cause and submit again"; fi
+  come_back "$2${3:-}"
+}
+
 # The first lines that name an error, of each rank's log.
 show_errors() {
   if [ "$1" = 0 ] || [ "$1" = 75 ]; then return; fi
@@ -152,23 +176,32 @@ finish() {
 come_back() {
   echo "requeued: $1" | tee "$ATTEMPT/verdict"
   trap 'exit 143' TERM
-  for _ in $(seq 30); do  # a controller that is busy or starts anew refuses for a while
-    if scontrol requeue "$JOB"; then break; fi
-    sleep 10 &
-    wait $!
-  done
+  requeue
   sleep 300 &
   wait $!
   exit 1
 }
 
+# requeue: a controller that is busy or starts anew refuses for a while.
+requeue() {
+  for _ in $(seq 30); do
+    if scontrol requeue "$JOB"; then return; fi
+    sleep 10 &
+    wait $!
+  done
+  return 1
+}
+
 # come_back_without NODES: requeue, and exclude the nodes as soon as SLURM lets a job that no longer runs be changed.
 come_back_without() {
-  local nodes
-  nodes=$(excluded "$1")  # before the requeue: SLURM ends what runs here then, and an empty list would be taken as one
+  local nodes shown
+  shown=$(scontrol show job "$JOB")  # before the requeue: SLURM ends what runs here then
+  if [[ $shown != *ExcNodeList=* ]]; then come_back_at_most "$MAX_STUCK" "SLURM did not say which nodes $JOB excludes"; fi
+  nodes=$(sed -n 's/.*ExcNodeList=\([^ ]*\).*/\1/p' <<<"$shown" | grep -v '(null)')
+  nodes=${nodes:+$nodes,}$1
   echo "requeued: without $1, which the check found bad" | tee "$ATTEMPT/verdict"
   trap '' TERM  # for the commands below too
-  scontrol requeue "$JOB" || finish 1 "failed: scontrol requeue was refused; exclude $1 and submit again"
+  requeue || finish 1 "failed: scontrol requeue was refused; exclude $1 and submit again"
   for _ in $(seq 60); do
     if scontrol update JobId="$JOB" ExcNodeList="$nodes" 2>/dev/null; then exit 1; fi
     sleep 0.5
@@ -177,26 +210,19 @@ come_back_without() {
   finish 1 "failed: $1 could not be excluded; the job is held: scontrol update JobId=$JOB ExcNodeList=$nodes, then release"
 }
 
-# The nodes that the job excludes already, and these.
-excluded() {
-  local before
-  before=$(scontrol show job "$JOB" | sed -n 's/.*ExcNodeList=\([^ ]*\).*/\1/p' | grep -v '(null)')
-  echo "${before:+$before,}$1"
-}
-
 # run_task command: work that keeps what is finished by itself; at the time limit it is ended, and the job comes back.
 run_task() {
-  local srun code=- failed
+  local srun code=-
   if [ $TERMED = 1 ]; then finish 143 "stopped: by SLURM or its user, before the work was started"; fi
-  # The first task's own code counts; its shell must outlive it.
+  # The first task's own code counts.
   # shellcheck disable=SC2016
-  BEFORE=(bash -c 'trap : TERM; "$@"; code=$?; [ "$SLURM_PROCID" != 0 ] || echo "$code" >"$BGE_ICL_ATTEMPT/end"; exit $code' task)
+  BEFORE=(bash -c '"$@"; code=$?; [ "$SLURM_PROCID" != 0 ] || echo "$code" >"$BGE_ICL_ATTEMPT/end"; exit $code' task)
   (trap '' USR1; step "${TASKS[@]}" -- "$@") &
   srun=$!
   while kill -0 $srun 2>/dev/null; do
     if [ $STOP = 1 ] && [ $FORWARDED = 0 ]; then
       FORWARDED=1
-      kill -TERM $srun
+      kill -TERM $srun  # which kills the tasks
     fi
     sleep 1 &
     wait $!
@@ -207,10 +233,7 @@ run_task() {
   if [ "$code" = 0 ]; then finish 0 "done"; fi
   if [ $TERMED = 1 ]; then finish 143 "stopped: by SLURM or its user; the same job goes on from there"; fi
   if [ "$code" = 2 ]; then finish 2 "failed: see the error above"; fi
-  if [ $STOP = 1 ]; then come_back "at its time limit"; fi
-  failed=$(cat "$RUN"/attempts/"$JOB".*/verdict 2>/dev/null | grep -c '^requeued: ended with')
-  if [ "$failed" -ge "$MAX_STUCK" ]; then
-    finish 1 "gave up: ended with $code (srun: $STEP_CODE), as $failed starts before; mend the cause and submit again"
-  fi
-  come_back "ended with $code (srun: $STEP_CODE)"
+  # A task that is longer than its limit, or stands still, would come back for ever.
+  if [ $STOP = 1 ]; then come_back_at_most $((8 * MAX_STUCK)) "at its time limit"; fi
+  come_back_at_most "$MAX_STUCK" "ended with" " $code (srun: $STEP_CODE)"
 }

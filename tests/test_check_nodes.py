@@ -35,7 +35,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def found(rank: int, *faults: str, host: str = "", **facts: str) -> Found:
-    return Found(rank, host or f"n{rank // 2}", facts, {"GPUs": "a card"}, faults, 100.0 + 10 * rank)
+    return Found(rank, host or f"n{rank // 2}", facts, {"GPUs": "a card"}, faults, False, 100.0 + 10 * rank)
 
 
 def test_a_fault_of_some_nodes_is_theirs() -> None:

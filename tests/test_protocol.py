@@ -14,14 +14,22 @@ from launching import REPOSITORY
 
 SRUN = r"""#!/usr/bin/env bash
 # The first task of a step alone, on this machine; srun's own exit code is $SRUN_CODE where that is set.
+echo "$*" >>"$STEPS"
 while [[ $1 == -* ]]; do shift; done
 SLURM_PROCID=0 setsid "$@" &
 task=$!
-trap 'kill -TERM -- -$task' TERM  # SLURM signals all processes of a task
+trap 'kill -KILL -- -$task' TERM  # so does srun
 trap 'kill -USR1 -- -$task' USR1
 wait $task; code=$?
 while kill -0 $task 2>/dev/null; do wait $task; code=$?; done
 exit ${SRUN_CODE:-$code}
+"""
+PYTHON = r"""#!/usr/bin/env bash
+# The check of the nodes, which finds what $REPORT holds; the copy of a store.
+case "$*" in
+  *--copy-store*) echo /scratch/store-1 >"$BGE_ICL_ATTEMPT/node_store" ;;
+  *check_nodes.py*) if [ -e "$REPORT" ]; then cat "$REPORT" >"$BGE_ICL_ATTEMPT/preflight.txt"; fi ;;
+esac
 """
 SCONTROL = r"""#!/usr/bin/env bash
 echo "$*" >>"$CALLS"
@@ -32,6 +40,7 @@ esac
 """
 SCRIPT = """
 source slurm/protocol.sh
+if [ -n "${SLOW:-}" ]; then touch "$(dirname "$1")/slow"; sleep 2; fi
 set -uo pipefail
 TASKS=(--ntasks=2)
 begin --run "$1"
@@ -44,15 +53,12 @@ TASK = 'run_task bash -c "$WORK"'
 @pytest.fixture
 def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The run folder of job 7, whose environment is that of a first start on two nodes."""
-    for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
+    for name, text in (("srun", SRUN), ("scontrol", SCONTROL), ("python", PYTHON)):
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
     variables = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_JOB_NUM_NODES": "2", "SLURM_NTASKS": "2"}
-    variables |= {
-        "SLURM_JOB_END_TIME": "1",
-        "PATH": f"{tmp_path}:{os.environ['PATH']}",
-        "CALLS": str(tmp_path / "calls"),
-    }
+    variables |= {"SLURM_JOB_END_TIME": "1", "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    variables |= {name.upper(): str(tmp_path / name) for name in ("calls", "steps", "report")}
     variables |= {"BGE_ICL_CONTAINER": "", "BGE_ICL_WRAP": ""}
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
@@ -105,6 +111,19 @@ def test_the_code_of_srun_is_not_trusted(job: Path) -> None:
     assert run(job, TASK, "exit 0", 1, SRUN_CODE="143") == (0, "done")
 
 
+def test_work_that_always_meets_its_time_limit_ends(job: Path) -> None:
+    for restart in range(24):
+        folder = job / "attempts" / f"7.{restart}"
+        folder.mkdir(parents=True)
+        (folder / "verdict").write_text("requeued: at its time limit\n")
+    for restart, verdict in ((23, "requeued: at its time limit\n"), (24, "gave up: at its time limit, as 24 starts")):
+        process = start(job, TASK, 'echo >"$BGE_ICL_ATTEMPT/here"; sleep 60 & wait', restart)
+        wait_for(job / f"attempts/7.{restart}/here")
+        process.send_signal(signal.SIGUSR1)
+        process.communicate(timeout=30)
+        assert (job / f"attempts/7.{restart}/verdict").read_text().startswith(verdict)
+
+
 def test_failures_are_counted_and_preemptions_are_not(job: Path) -> None:
     for restart in range(4):  # SLURM's own requeues
         folder = job / "attempts" / f"7.{restart}"
@@ -129,13 +148,12 @@ def test_work_that_is_stopped(job: Path, number: signal.Signals, code: int, verd
     process.send_signal(number)
     process.communicate(timeout=30)
     assert (job / "attempts/7.0/verdict").read_text().strip() == verdict and process.returncode == code
-    assert (job / "attempts/7.0/end").read_text() == "143\n"
+    assert not (job / "attempts/7.0/end").exists()
 
 
 def test_a_signal_while_the_environment_is_made_is_kept(job: Path) -> None:
-    slow = 'echo >"$CALLS"; sleep 2; ' + TASK
-    process = start(job, slow, "sleep 60 & wait")
-    wait_for(job.parent / "calls")
+    process = start(job, TASK, "sleep 60 & wait", SLOW="1")
+    wait_for(job.parent / "slow")
     process.send_signal(signal.SIGUSR1)
     process.communicate(timeout=30)
     assert (job / "attempts/7.0/verdict").read_text() == "requeued: at its time limit\n"
@@ -168,18 +186,78 @@ def test_starts_that_gain_nothing_end(job: Path) -> None:
     )
 
 
-@pytest.mark.parametrize(("silent", "blamed"), [(("n2",), "n1 answers nobody\n"), (("n1",), ""), ((), "")])
-def test_a_first_node_that_answers_nobody_is_bad(job: Path, silent: tuple[str, ...], blamed: str) -> None:
-    left = "".join(f'touch "$ATTEMPT/unreached.{node}"; ' for node in silent)
-    start(job, f"{left} blame_first_node", "").communicate(timeout=30)
+CHECK = "check_nodes train recipe.yaml; echo it goes on"
+MISSING = "  error: rank 1 on n2 does not answer"
+
+
+@pytest.mark.parametrize(
+    ("nodes", "unreached", "report", "blamed"),
+    [
+        (3, ("n2", "n3"), "", "n1 answers nobody"),  # its python does not start, say
+        (3, ("n2", "n3"), MISSING, "n1 answers nobody"),  # it judged, but from behind a cut cable
+        (3, ("n2",), MISSING, "n3 from the report"),
+        (2, ("n2",), "", "n1 answers nobody"),
+        (2, ("n2",), MISSING, ""),  # both live: either may be cut off
+        (2, (), MISSING, "n3 from the report"),
+        (2, ("n1",), "", ""),
+    ],
+)
+def test_who_is_blamed(
+    job: Path, nodes: int, unreached: tuple[str, ...], report: str, blamed: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_NUM_NODES", str(nodes))
+    words = [f'touch "$ATTEMPT/unreached.{node}"' for node in unreached]
+    words += [f'echo "{report}" >"$ATTEMPT/preflight.txt"; echo "n3 from the report" >"$ATTEMPT/bad_nodes"'] * bool(
+        report
+    )
+    start(job, "; ".join([*words, "blame_first_node"])).communicate(timeout=30)
     bad = job / "attempts/7.0/bad_nodes"
-    assert (bad.read_text() if bad.exists() else "") == blamed
+    assert (bad.read_text().strip() if bad.exists() else "") == blamed
 
 
-def test_a_first_node_that_has_judged_is_not_blamed(job: Path) -> None:
-    left = 'touch "$ATTEMPT/unreached.n2" "$ATTEMPT/preflight.txt"; '
-    start(job, f"{left} blame_first_node", "").communicate(timeout=30)
-    assert not (job / "attempts/7.0/bad_nodes").exists()
+@pytest.mark.parametrize(
+    ("report", "code", "verdict"),
+    [
+        ("  error: rank 1 on n2: disk: full", 2, "failed: the check of the nodes, see above"),
+        (
+            "  away: rank 1 on n2: token store: Stale file handle",
+            143,
+            "requeued: the check of the nodes came to no verdict",
+        ),
+        ("", 143, "requeued: the check of the nodes came to no verdict"),
+    ],
+)
+def test_a_check_that_does_not_end_well(job: Path, report: str, code: int, verdict: str) -> None:
+    (job.parent / "report").write_text(report + "\n")
+    assert run(job, CHECK) == (code, verdict)
+
+
+def test_a_check_without_verdict_is_tried_again_and_the_code_of_srun_not_trusted(job: Path) -> None:
+    for restart in range(3):
+        assert run(job, CHECK, "", restart, SRUN_CODE="0")[1].startswith("requeued: the check")
+    assert run(job, CHECK, "", 3)[1].startswith(
+        "gave up: the check of the nodes came to no verdict, as 3 starts before"
+    )
+
+
+def test_a_check_that_ends_well_lets_the_job_go_on(job: Path) -> None:
+    (job.parent / "report").write_text("  all is well after 1.0 s\n")
+    out, _ = start(job, CHECK, "", 0, SRUN_CODE="1").communicate(timeout=30)
+    assert "it goes on" in out
+
+
+def test_a_store_is_copied_on_every_node_however_long_it_takes(job: Path) -> None:
+    (job.parent / "report").write_text("  all is well after 1.0 s\n")
+    script = (REPOSITORY / "slurm/train.sbatch").read_text()
+    body = script[script.index("check_nodes train") : script.index("run_ranks")]
+    shown = 'echo "trains on $*"'
+    out, _ = start(job, f"set -- recipe.yaml\n{body}\n{shown}", "", 0, BGE_ICL_NODE_STORE="/scratch").communicate(
+        timeout=30
+    )
+    assert "trains on recipe.yaml data.store=/scratch/store-1" in out
+    (copying,) = [line for line in (job.parent / "steps").read_text().splitlines() if "--copy-store" in line]
+    assert copying.endswith("check_nodes.py --copy-store /scratch --config recipe.yaml")
+    assert copying.split(" python ")[0].split()[-3:] == ["--ntasks-per-node=1", "--ntasks=2", "--wait=0"]
 
 
 def wait_for(path: Path) -> None:

@@ -40,7 +40,7 @@ from tiny_run import make_tiny_run
 
 pytestmark = pytest.mark.slurm
 
-STEPS = 18
+STEPS = 24
 START = 150  # seconds that the start of a job may take on two cores, with everything else beside it
 TRAINING = [
     "model.lora.dropout=0.1",
@@ -315,4 +315,4 @@ def test_a_cluster_ends_with_its_owner(tmp_path: Path) -> None:
     finally:
         owner.kill()
         owner.wait()
-    wait_until(lambda: not left_over(tmp_path / "testbed"), 10, lambda: f"{left_over(tmp_path / 'c')} is left")
+    wait_until(lambda: not left_over(tmp_path / "testbed"), 10, lambda: f"{left_over(tmp_path / 'testbed')} is left")

@@ -60,7 +60,10 @@ STAND_INS = {
     "srun": """
         if [ "$1" = --help ]; then echo "--mpi"; exit 0; fi
         printf '%s\\0' "$PWD" "$PYTHONPATH" "$@" >"$SLURM_DESK/srun.$(ls "$SLURM_DESK" | grep -c srun)"
-        case "$*" in *train.py*) echo "0 5 done" >"$BGE_ICL_ATTEMPT/end" ;; esac """,
+        case "$*" in
+          *check_nodes.py*) echo "  all is well after 1.0 s" >"$BGE_ICL_ATTEMPT/preflight.txt" ;;
+          *train.py*) echo "0 5 done" >"$BGE_ICL_ATTEMPT/end" ;;
+        esac """,
 }
 ON_CPUS = ["--gpus-per-node", "0", "--tasks-per-node", "1", "--time", "60"]
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from pipeline.cluster.disk import checkpoint_bytes, disk_need
 from pipeline.cluster.pace import model_shape
 from pipeline.cluster.run_folder import is_trained
+from pipeline.files import passing_errno
 from pipeline.settings import Settings
 
 GIB = 1 << 30
@@ -35,6 +36,7 @@ class Found:
     facts: Mapping[str, str]  # must be the same on every node
     notes: Mapping[str, str]  # worth showing
     faults: tuple[str, ...]
+    may_pass: bool  # all faults are of a file system that is away
     clock: float
 
 
@@ -43,12 +45,14 @@ def look_around(stage: str, settings: Settings, rank: int, world_size: int) -> F
     facts: dict[str, str] = {}
     notes: dict[str, str] = {}
     faults: list[str] = []
+    errors: list[Exception] = []
 
     def attempt(name: str, check: Callable[[], None]) -> None:
         try:
             check()
         # CUDA raises RuntimeErrors, a missing library ImportErrors: all are this node's, and must be told.
         except Exception as error:
+            errors.append(error)
             faults.append(f"{name}: {' '.join(str(error).split()) or type(error).__name__}")
 
     def versions() -> None:
@@ -78,7 +82,8 @@ def look_around(stage: str, settings: Settings, rank: int, world_size: int) -> F
         attempt("model", lambda: require_model(Path(settings.run.output_dir)))
     if stage != "preprocess":
         attempt("GPU", lambda: check_gpu(notes))
-    return Found(rank, node_name(), facts, notes, tuple(faults), time.time())
+    may_pass = all(passing_errno(error) for error in errors)
+    return Found(rank, node_name(), facts, notes, tuple(faults), may_pass, time.time())
 
 
 def node_name() -> str:

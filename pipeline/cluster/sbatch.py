@@ -198,7 +198,8 @@ def _run(command: Sequence[str], text: str | None = None) -> subprocess.Complete
             command, input=text, capture_output=True, text=True, errors="replace", env=environment, timeout=SECONDS
         )
     except subprocess.TimeoutExpired:
-        raise ValueError(f"{command[0]} has not answered for {SECONDS} s; try again when the controller does") from None
+        remedy = "look with squeue whether it took the job" if command[0] == "sbatch" else "try again when it does"
+        raise ValueError(f"{command[0]} has had no answer of the controller for {SECONDS} s; {remedy}") from None
 
 
 def _message(result: subprocess.CompletedProcess[str]) -> str:

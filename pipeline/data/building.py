@@ -48,7 +48,7 @@ from pipeline.data.store import (
 from pipeline.data.text_shards import ShardTask, Width, build_shard, save_encoder
 from pipeline.data.tokenizing import PromptTokenizer, PromptTokens, load_tokenizer, tokenize_pieces
 from pipeline.data.units import UnitTask, build_unit
-from pipeline.files import file_sha256, locked, safe_name, sync, write_text
+from pipeline.files import file_sha256, lease_patience, locked, safe_name, sync, write_text
 from pipeline.prompts import get_template
 from pipeline.settings import PreprocessSettings, Settings
 
@@ -133,7 +133,7 @@ def build_store(
         if not overwrite and store.exists() and not is_empty(store):
             return require_up_to_date(store, full_identity(raw, settings, sources, loading.result())), False
         work = store.with_name(store.name + ".partial")
-        with locked(work / "lock", f"another process is building in {work}; wait for it to end"):
+        with locked(work / "lock", f"another process is building in {work}; wait for it to end", lease_patience()):
             if not overwrite and store.exists() and not is_empty(store):
                 raise ValueError(f"another process has just built {store}; run again to compare it with the recipe")
             units = _keep_one(work, "units", raw)

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from pipeline.files import passing_errno
 from pipeline.runtime.launch import find_place
 
 Value = TypeVar("Value")
@@ -114,16 +115,24 @@ def by_first(work: Callable[[], Value], ranks: Ranks) -> Value:
 def together(work: Callable[[], Value], ranks: Ranks) -> Value:
     """Run `work` on every rank; if it raises ValueError or OSError on one, all raise its message: none waits, and
     whichever rank speaks first, or is ended first by the launcher, the reason is told.
+
+    Raises:
+        OSError: a file system is away for the rank that failed; `errno` says how.
+        ValueError: anything else.
     """
-    result, fault = None, ""
+    result, fault = None, ("", 0)
     try:
         result = work()
     except (ValueError, OSError) as error:
-        fault = str(error)
+        fault = str(error) or type(error).__name__, passing_errno(error)
     faults = [fault]
     if ranks.world_size > 1:
-        faults = [""] * ranks.world_size
+        faults = [fault] * ranks.world_size
         dist.all_gather_object(faults, fault)
-    if any(faults):
-        raise ValueError(next(f if r == ranks.rank else f"rank {r}: {f}" for r, f in enumerate(faults) if f))
+    for rank, (text, number) in enumerate(faults):
+        if text:
+            said = text if rank == ranks.rank else f"rank {rank}: {text}"
+            away = OSError(said)
+            away.errno = number
+            raise away if number else ValueError(said)
     return result  # type: ignore[return-value]

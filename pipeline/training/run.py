@@ -15,7 +15,7 @@ from pipeline.data.sampling import Schedule, check_world_size, make_schedule, pl
 from pipeline.data.store import TokenStore, open_store, require_match, verify_shards
 from pipeline.data.tokenizing import PromptTokenizer, load_tokenizer
 from pipeline.evaluation.tasks import LocalTask, load_task
-from pipeline.files import file_sha256, locked
+from pipeline.files import file_sha256, lease_patience, locked
 from pipeline.model.base import fingerprint_base
 from pipeline.model.encoder import MARKERS_FILE, Encoder, choose_trained, load_encoder, require_rows
 from pipeline.model.loss import require_dims
@@ -87,7 +87,8 @@ def set_up(settings: Settings, ranks: Ranks, watch: Watch, held: contextlib.Exit
     # One writer a run folder, and the checkpoint to go on from; the lock goes with this process, however it ends.
     mark(watch, "the search for a checkpoint")
     busy = f"another run writes to {out}; wait for it, or name another run.output_dir"
-    by_first(lambda: held.enter_context(locked(out / "lock", busy)), ranks)
+    patience = min(lease_patience(), settings.run.max_stall_seconds / 2)
+    by_first(lambda: held.enter_context(locked(out / "lock", busy, patience)), ranks)
     checkpoint = by_first(lambda: find_checkpoint(out / "checkpoints"), ranks)
     if checkpoint is not None:
         together(lambda: require_same_run(checkpoint, settings, fingerprints), ranks)
