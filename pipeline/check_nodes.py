@@ -123,6 +123,8 @@ def blame(lines: Sequence[str], bad_nodes: dict[str, str], may_pass: bool) -> No
     if lines:
         report([f"  {'away' if may_pass else 'error'}: {line}" for line in lines])
     if bad_nodes:
+        bad = ",".join(bad_nodes)
+        report([f"  the other nodes are well: leave out {bad} (sbatch --exclude; submit --exclude-bad-nodes)"])
         leave_word("bad_nodes", "".join(f"{host} {reason}\n" for host, reason in bad_nodes.items()))
 
 

@@ -10,6 +10,7 @@ ATTEMPT_NAME=$JOB.${SLURM_RESTART_COUNT:-0}
 TERMED=0    # SLURM or its user ends this job: whether it comes back is theirs to say
 STOP=0      # the ranks are to stop and save
 FORWARDED=0
+AFTER_STOP="it goes on from there when it comes back, or is submitted again"
 BEFORE=()   # a command in front of that of each task
 trap 'STOP=1' USR1  # from the start: modules may take long to load
 trap 'STOP=1 TERMED=1' TERM
@@ -80,7 +81,9 @@ check_nodes() {
   if [ -s "$ATTEMPT/bad_nodes" ] && [ "${BGE_ICL_EXCLUDE:-0}" = 1 ] && [ "$TERMED" = 0 ]; then
     come_back_without "$(cut -d' ' -f1 "$ATTEMPT/bad_nodes" | sort -u | paste -sd,)"
   fi
-  if grep -q '^  error: ' "$ATTEMPT/preflight.txt" 2>/dev/null; then finish 2 "failed: the check of the nodes, see above"; fi
+  local error
+  error=$(sed -n 's/^  error: //p' "$ATTEMPT/preflight.txt" 2>/dev/null | head -n 1)
+  if [ -n "$error" ]; then finish 2 "failed: the check of the nodes: $error"; fi
   come_back_at_most "$MAX_STUCK" "the check of the nodes came to no verdict"
 }
 
@@ -130,6 +133,7 @@ decide() {
   local code=- steps=- reason="srun ended with $STEP_CODE, and the first rank said nothing"
   if [ -s "$ATTEMPT/end" ]; then read -r code steps reason <"$ATTEMPT/end"; fi
   show_errors "$code"
+  if [ $STOP = 1 ]; then reason="told to stop before its time limit: $reason"; fi
   case $code in
     0) finish 0 "done: $steps steps" ;;
     2 | 77) finish "$code" "failed: $reason" ;;
@@ -140,7 +144,7 @@ decide() {
 # come_back_unless_stuck REASON: requeue, unless this job's last starts gained no step, or its end is not its own.
 come_back_unless_stuck() {
   local saved stuck
-  if [ $TERMED = 1 ]; then finish 143 "stopped: by SLURM or its user ($1); the same job goes on from there"; fi
+  if [ $TERMED = 1 ]; then finish 143 "stopped: by SLURM or its user ($1); $AFTER_STOP"; fi
   saved=$(newest_step)
   stuck=$(cat "$RUN"/attempts/"$JOB".*/before | grep -cx "$saved")
   if [ "$stuck" -ge "$MAX_STUCK" ]; then
@@ -152,7 +156,7 @@ come_back_unless_stuck() {
 # come_back_at_most NUMBER REASON [DETAIL]: requeue, unless so many starts before this one, in a row, had that reason.
 come_back_at_most() {
   local restart=$((${SLURM_RESTART_COUNT:-0} - 1)) number=0
-  if [ $TERMED = 1 ]; then finish 143 "stopped: by SLURM or its user ($2${3:-}); the same job goes on from there"; fi
+  if [ $TERMED = 1 ]; then finish 143 "stopped: by SLURM or its user ($2${3:-}); $AFTER_STOP"; fi
   while grep -q "^requeued: $2" "$RUN/attempts/$JOB.$restart/verdict" 2>/dev/null; do
     number=$((number + 1)) restart=$((restart - 1))
   done
@@ -194,11 +198,15 @@ requeue() {
 
 # come_back_without NODES: requeue, and exclude the nodes as soon as SLURM lets a job that no longer runs be changed.
 come_back_without() {
-  local nodes shown
+  local nodes shown left needed=${BGE_ICL_MIN_NODES:-$SLURM_JOB_NUM_NODES}
   shown=$(scontrol show job "$JOB")  # before the requeue: SLURM ends what runs here then
   if [[ $shown != *ExcNodeList=* ]]; then come_back_at_most "$MAX_STUCK" "SLURM did not say which nodes $JOB excludes"; fi
   nodes=$(sed -n 's/.*ExcNodeList=\([^ ]*\).*/\1/p' <<<"$shown" | grep -v '(null)')
   nodes=${nodes:+$nodes,}$1
+  left=$(comm -23 <(sinfo -h -N -p "$SLURM_JOB_PARTITION" -o %N | sort -u) <(scontrol show hostnames "$nodes" | sort -u) | wc -l)
+  if [ "$left" -lt "$needed" ]; then  # it would wait for ever
+    finish 2 "failed: the check found $1 bad, and without $nodes partition $SLURM_JOB_PARTITION has $left nodes for $needed"
+  fi
   echo "requeued: without $1, which the check found bad" | tee "$ATTEMPT/verdict"
   trap '' TERM  # for the commands below too
   requeue || finish 1 "failed: scontrol requeue was refused; exclude $1 and submit again"
@@ -231,7 +239,7 @@ run_task() {
   STEP_CODE=$?
   if [ -s "$ATTEMPT/end" ]; then read -r code <"$ATTEMPT/end"; fi
   if [ "$code" = 0 ]; then finish 0 "done"; fi
-  if [ $TERMED = 1 ]; then finish 143 "stopped: by SLURM or its user; the same job goes on from there"; fi
+  if [ $TERMED = 1 ]; then finish 143 "stopped: by SLURM or its user; $AFTER_STOP"; fi
   if [ "$code" = 2 ]; then finish 2 "failed: see the error above"; fi
   # A task that is longer than its limit, or stands still, would come back for ever.
   if [ $STOP = 1 ]; then come_back_at_most $((8 * MAX_STUCK)) "at its time limit"; fi

@@ -231,6 +231,17 @@ def test_the_state_in_a_word(
     assert find_state(progress_at(step) if step else None, attempts, jobs, silent, has_model) == expected
 
 
+def test_a_trained_run_whose_evaluation_failed_is_not_done() -> None:
+    def attempt(name: str, stage: str, verdict: str) -> Attempt:
+        return Attempt(name, stage, 0.0, (), 1, 0, None, None, "", verdict)
+
+    trained = attempt("5.0", "train", "done: 4 steps")
+    failed, done = attempt("6_0.0", "evaluate", "failed: see"), attempt("6_1.0", "evaluate", "done")
+    again = attempt("6_0.1", "evaluate", "done")
+    for attempts, expected in (((trained, failed, done), "ended"), ((trained, failed, done, again), "done")):
+        assert find_state(progress_at(100), attempts, [], 1.0, True) == expected
+
+
 # Two lines of SLURM 22.05, as it writes them.
 SQUEUE = """\
 412|run-train|RUNNING|5:02:11|1-00:00:00|2|node[1-2]
@@ -436,7 +447,7 @@ def test_following_a_run_to_its_end(run: Path) -> None:
         output, errors = process.communicate(timeout=30)
         assert process.returncode == 0 and errors == ""
         lines = output.splitlines()
-        assert lines[0] == "[rank 3] error: last wo" and "state      ended: failed: last words" in lines
+        assert lines[0] == "[rank 3] error: last wo" and "state      ended: train: failed: last words" in lines
     finally:
         process.kill()
         process.communicate()

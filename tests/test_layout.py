@@ -42,7 +42,7 @@ ALLOWED = {
     "planning": LEAVES | {"settings", "data", "model", "planning"},
     "mining": LEAVES | {"settings", "data", "inference", "mining"},
     "training": LEAVES | {"settings", "data", "model", "runtime", "inference", "evaluation", "training"},
-    "cluster": LEAVES | {"settings", "data", "model", "runtime", "planning", "cluster"},
+    "cluster": LEAVES | {"settings", "data", "model", "runtime", "planning", "evaluation", "cluster"},
     "entry": LEAVES | {"settings", *ROOMS},
 }
 

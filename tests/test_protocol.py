@@ -35,7 +35,9 @@ SCONTROL = r"""#!/usr/bin/env bash
 echo "$*" >>"$CALLS"
 case $1 in
   requeue) kill -TERM $PPID ;;  # SLURM ends the script of a job that it requeues
-  show) printf 'n1\nn2\n' ;;
+  show)
+    if [ "$2" = job ]; then echo "JobId=7 ExcNodeList=n9 NumNodes=2-2"; elif [ "$3" = "n[1-2]" ]; then printf 'n1\nn2\n'
+    else tr , '\n' <<<"$3"; fi ;;
 esac
 """
 SCRIPT = """
@@ -128,7 +130,9 @@ def test_failures_are_counted_and_preemptions_are_not(job: Path) -> None:
     for restart in range(4):  # SLURM's own requeues
         folder = job / "attempts" / f"7.{restart}"
         folder.mkdir(parents=True)
-        (folder / "verdict").write_text("stopped: by SLURM or its user; the same job goes on from there\n")
+        (folder / "verdict").write_text(
+            "stopped: by SLURM or its user; it goes on from there when it comes back, or is submitted again\n"
+        )
     for restart in range(4, 7):
         assert run(job, TASK, "exit 3", restart)[1].startswith("requeued: ended with 3")
     code, verdict = run(job, TASK, "exit 3", 7)
@@ -139,7 +143,11 @@ def test_failures_are_counted_and_preemptions_are_not(job: Path) -> None:
     ("number", "code", "verdict"),
     [
         (signal.SIGUSR1, 143, "requeued: at its time limit"),
-        (signal.SIGTERM, 143, "stopped: by SLURM or its user; the same job goes on from there"),
+        (
+            signal.SIGTERM,
+            143,
+            "stopped: by SLURM or its user; it goes on from there when it comes back, or is submitted again",
+        ),
     ],
 )
 def test_work_that_is_stopped(job: Path, number: signal.Signals, code: int, verdict: str) -> None:
@@ -186,6 +194,25 @@ def test_starts_that_gain_nothing_end(job: Path) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("others", "code", "verdict"),
+    [
+        ("n1 n2 n3 n9", 1, "requeued: without n2, which the check found bad"),
+        ("n1 n2 n9", 2, "failed: the check found n2 bad, and without n9,n2 partition main has 1 nodes for 2"),
+    ],
+)
+def test_bad_nodes_are_left_out_while_enough_are_left(
+    job: Path, others: str, code: int, verdict: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_PARTITION", "main")
+    sinfo = job.parent / "sinfo"
+    sinfo.write_text(f"#!/usr/bin/env bash\nprintf '%s\\n' {others}\n")
+    sinfo.chmod(0o755)
+    assert run(job, "come_back_without n2") == (code, verdict)
+    updated = "update JobId=7 ExcNodeList=n9,n2" in (job.parent / "calls").read_text()
+    assert updated == verdict.startswith("requeued")
+
+
 CHECK = "check_nodes train recipe.yaml; echo it goes on"
 MISSING = "  error: rank 1 on n2 does not answer"
 
@@ -218,7 +245,7 @@ def test_who_is_blamed(
 @pytest.mark.parametrize(
     ("report", "code", "verdict"),
     [
-        ("  error: rank 1 on n2: disk: full", 2, "failed: the check of the nodes, see above"),
+        ("  error: rank 1 on n2: disk: full", 2, "failed: the check of the nodes: rank 1 on n2: disk: full"),
         (
             "  away: rank 1 on n2: token store: Stale file handle",
             143,

@@ -355,6 +355,12 @@ def test_a_task_with_fewer_examples_than_evaluation_takes(desk: Desk, tmp_path: 
     assert desk.submit("--dry-run", *flags, "--evaluate-options=--modes zero_shot")[0] == 0
 
 
+def test_a_task_that_lacks_a_file(desk: Desk, tmp_path: Path) -> None:
+    task = write_three_examples(write_task(tmp_path / "words"))
+    (task / "corpus.jsonl").unlink()
+    assert "is not a retrieval task: corpus.jsonl is missing" in refused(desk, "--nodes", "2", *ON_CPUS, "--task", task)
+
+
 def test_all_that_is_wrong_is_said_at_once(desk: Desk) -> None:
     line = refused(desk, "--nodes", "3", *ON_CPUS, "--partition", "gpu")
     assert line.startswith("error: 2 things are wrong: (1) 3 nodes x 1 task = 3 ranks do not divide")
@@ -365,14 +371,17 @@ def test_what_sbatch_says_of_a_wrong_account_is_passed_on(desk: Desk) -> None:
     (desk.slurm / "refuse").write_text("sbatch: error: Invalid account or account/partition combination specified\n")
     line = refused(desk, "--nodes", "2", *ON_CPUS, "--account", "nobody")
     assert (
-        "sbatch --test-only refuses the train job: Invalid account or account/partition combination specified" in line
+        "sbatch --test-only refuses the train job (--nodes=2 --ntasks-per-node=1 --cpus-per-task=1 --time=60 "
+        "--account=nobody): Invalid account or account/partition combination specified" in line
     )
     assert "#SBATCH --account=nobody\n" in (desk.slurm / "tested").read_text()
 
 
 def test_a_job_that_waits_for_drained_nodes_is_taken(desk: Desk) -> None:
     (desk.slurm / "refuse").write_text("allocation failure: Requested node configuration is not available\n")
-    assert "--test-only refuses the train job: allocation failure: Requested" in refused(desk, "--nodes", "2", *ON_CPUS)
+    assert "refuses the train job (--nodes=2 --ntasks-per-node=1 --cpus-per-task=1 --time=60): allocation" in refused(
+        desk, "--nodes", "2", *ON_CPUS
+    )
     (desk.slurm / "away").write_text("drained*")
     code, out, errors = desk.submit("--nodes", "2", *ON_CPUS)
     assert code == 0, errors

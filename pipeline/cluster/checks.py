@@ -16,6 +16,7 @@ from pipeline.cluster.run_folder import is_trained
 from pipeline.cluster.wording import count, join_words
 from pipeline.data.finding import find_sources
 from pipeline.datatypes import RULES
+from pipeline.evaluation.tasks import read_task_header
 from pipeline.files import read_json_lines
 from pipeline.model.base import weight_files
 from pipeline.runtime.sharding_json import read_deepspeed_json, require_exact, zero_stage
@@ -145,6 +146,7 @@ def check_tasks(facts: Facts) -> list[Finding]:
         elif not (Path(task) / "task.json").is_file():
             raise ValueError(f"--task {task}: no folder with task.json; README, Evaluation, says what it holds")
         else:
+            read_task_header(Path(task))
             found.append(Finding(OK, "tasks", f"{task}, {_require_task_examples(Path(task), facts)}"))
     return found
 

@@ -44,7 +44,7 @@ def ask_slurm(ids: Sequence[str]) -> tuple[tuple[QueuedJob, ...], str]:
     jobs = read_squeue(text) if not code else ()
     found = {job.id.partition("_")[0] for job in jobs}
     ended = [job for job in wanted if job not in found]
-    jobs += tuple(QueuedJob(job, "", GONE, "") for job in ended[:-MAX_ENDED])
+    jobs += tuple(QueuedJob(job, "", GONE, "not in the queue; scontrol not asked") for job in ended[:-MAX_ENDED])
     for job in ended[-MAX_ENDED:]:
         jobs += _ended(job)
     return tuple(sorted(jobs, key=lambda job: [int(number) for number in re.findall(r"\d+", job.id)])), ""

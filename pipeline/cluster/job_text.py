@@ -107,6 +107,8 @@ def _variables(stage: str, options: Options, run: Path) -> list[str]:
     values |= {"BGE_ICL_WRAP": options.wrap} if options.wrap else {}
     if stage == "evaluate" and options.evaluate_options:
         values["BGE_ICL_EVALUATE"] = options.evaluate_options
+    if stage == "train" and options.nodes[0] < options.nodes[1]:
+        values["BGE_ICL_MIN_NODES"] = str(options.nodes[0])
     values |= {} if options.gpus_per_node else {"DS_ACCELERATOR": "cpu"}
     return [f"export {name}={shlex.quote(value)}" for name, value in values.items()]
 

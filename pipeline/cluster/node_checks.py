@@ -6,6 +6,7 @@ A fault on some nodes is those nodes' fault; one that all have is the recipe's o
 import os
 import shutil
 import socket
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -59,6 +60,7 @@ def look_around(stage: str, settings: Settings, rank: int, world_size: int) -> F
         from pipeline.runtime.guards import code_versions
 
         facts.update(code_versions())
+        notes["python"] = sys.executable
 
     def tokenizer() -> None:
         from pipeline.data.tokenizing import load_tokenizer

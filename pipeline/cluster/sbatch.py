@@ -162,7 +162,10 @@ def try_job(job: Job, away: int) -> list[Finding]:
         )
         return [Finding(NOTE, job.stage, text)]
     if result.returncode:
-        raise ValueError(f"sbatch --test-only refuses the {job.stage} job: {_message(result)}")
+        own = ("--job-name", "--output", "--chdir", "--signal", "--requeue", "--open-mode", "--kill-on-invalid-dep")
+        options = [line.removeprefix("#SBATCH ") for line in job.text.splitlines() if line.startswith("#SBATCH ")]
+        asked = " ".join(option for option in options if not option.startswith(own))
+        raise ValueError(f"sbatch --test-only refuses the {job.stage} job ({asked}): {_message(result)}")
     return [Finding(OK, job.stage, f"sbatch --test-only: {_message(result)}")]
 
 

@@ -100,7 +100,8 @@ def find_state(
     if states - set(OVER):
         return "waiting"
     last = attempts[-1] if attempts else None
-    if has_model and progress is not None and progress.step >= progress.total_steps:
+    trained = has_model and progress is not None and progress.step >= progress.total_steps
+    if trained and unfinished(attempts) is None:
         return "done"
     if last is not None and last.is_final:
         return "ended"
@@ -110,6 +111,15 @@ def find_state(
         return "ended"
     usual = progress.step_seconds if progress is not None else 0.0
     return "running" if silent < max(QUIET_STEPS * usual, QUIET_SECONDS) else "silent"
+
+
+def unfinished(attempts: Sequence[Attempt]) -> Attempt | None:
+    """Of the newest stage's attempts the one that ended otherwise than done; of an array any of its tasks."""
+    if not attempts:
+        return None
+    job = attempts[-1].job.partition("_")[0]
+    newest = {attempt.job: attempt for attempt in attempts if attempt.job.partition("_")[0] == job}
+    return next((some for some in newest.values() if some.is_final and not some.verdict.startswith("done")), None)
 
 
 def seconds_silent(run: Path, attempts: Sequence[Attempt]) -> float | None:
@@ -168,7 +178,10 @@ def _state(status: RunStatus) -> str:
     if status.state == "silent":
         return f"{wrote}: it has ended without a word, or stands still{doubt}; see --logs"
     if status.state == "ended" and last is not None:
-        return f"ended: {last.verdict or last.reason or 'without a word'}"
+        last = unfinished(status.attempts) or last
+        return f"ended: {last.stage}: {last.verdict or last.reason or 'without a word'}"
+    if status.state == "ended":
+        return f"ended without a word: do the nodes see {status.run}? scontrol show job says more"
     return status.state
 
 

@@ -107,16 +107,8 @@ LocalTask = RetrievalTask | TextTask
 def load_task(folder: str | Path) -> LocalTask:
     """Read a task folder of any type; ValueError names the file and line of what is wrong in it."""
     folder = Path(folder)
-    if not folder.is_dir():
-        raise ValueError(f"task {folder}: no such folder")
-    if not (folder / "task.json").is_file():
-        raise ValueError(f"{folder} is not a task folder: task.json is missing")
-    header = _read_header(folder / "task.json")
+    header = read_task_header(folder)
     kind = header.pop("type")
-    needed = FILES.get(kind, ("test.jsonl",))
-    for name in needed:
-        if not (folder / name).is_file():
-            raise ValueError(f"{folder} is not a {kind} task: {name} is missing; it needs {', '.join(needed)}")
     examples = _read_examples(folder / "examples.jsonl")
     if kind == "retrieval":
         return _read_retrieval(folder, header, examples)
@@ -128,6 +120,22 @@ def load_task(folder: str | Path) -> LocalTask:
     if unknown:
         raise ValueError(f"{folder}: train.jsonl has no text of {len(unknown)} labels of test.jsonl: {min(unknown)!r}")
     return TextTask(**header, kind=kind, examples=examples, test=test, train=train)
+
+
+def read_task_header(folder: Path) -> dict[str, Any]:
+    """task.json of a folder that holds all files of its type, unread; ValueError where it does not."""
+    if not folder.is_dir():
+        raise ValueError(f"task {folder}: no such folder")
+    if not (folder / "task.json").is_file():
+        raise ValueError(f"{folder} is not a task folder: task.json is missing")
+    header = _read_header(folder / "task.json")
+    needed = FILES.get(header["type"], ("test.jsonl",))
+    for name in needed:
+        if not (folder / name).is_file():
+            raise ValueError(
+                f"{folder} is not a {header['type']} task: {name} is missing; it needs {', '.join(needed)}"
+            )
+    return header
 
 
 def load_retrieval_task(folder: str | Path) -> RetrievalTask:

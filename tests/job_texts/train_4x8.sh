@@ -30,6 +30,7 @@ TASKS=(--ntasks="$SLURM_NTASKS")
 begin "${1:?name a recipe}" "${@:2}"
 check_nodes train "$@"
 if [ -n "$BGE_ICL_NODE_STORE" ]; then
+  if [[ $BGE_ICL_NODE_STORE != /* ]]; then finish 2 "failed: BGE_ICL_NODE_STORE=$BGE_ICL_NODE_STORE is no absolute path"; fi
   (step --ntasks-per-node=1 --ntasks="$SLURM_JOB_NUM_NODES" --wait=0 -- python pipeline/check_nodes.py --copy-store "$BGE_ICL_NODE_STORE" --config "$@") ||
     come_back_unless_stuck "the token store could not be copied to $BGE_ICL_NODE_STORE on every node"
   set -- "$@" "data.store=$(cat "$ATTEMPT/node_store")"
