@@ -1,8 +1,15 @@
-"""A base model's files, told from those of others without reading all of them."""
+"""A base model's files, told from those of others, and single rows of them, without reading all of them.
+
+D width.
+"""
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 SAMPLES, SAMPLE_BYTES = 256, 4096  # of a weight file: one every 20 MB of a file of 5 GB
 
@@ -28,6 +35,29 @@ def fingerprint_base(name: str) -> str:
                 opened.seek(size * i // SAMPLES)
                 digest.update(opened.read(SAMPLE_BYTES))
     return digest.hexdigest()
+
+
+def read_row(name: str, tensors: Sequence[str], row: int) -> Tensor:
+    """One row [D] of the first of `tensors` that the weight files of a base model hold.
+
+    Raises:
+        ValueError: the model is not to be had, a file is damaged, or none holds such a tensor with so many rows.
+    """
+    folder = Path(name)
+    if not folder.is_dir():
+        folder = _hub_folder(name)
+    for file in (f for f in weight_files(folder) if f.suffix == ".safetensors"):
+        try:
+            with safe_open(file, framework="pt") as weights:
+                for tensor in (name for name in tensors if name in set(weights.keys())):
+                    if row < weights.get_slice(tensor).get_shape()[0]:
+                        return weights.get_slice(tensor)[row]
+        except SafetensorError as error:
+            raise ValueError(f"{file} is damaged ({error}); fetch it again") from error
+    raise ValueError(
+        f"model.name={name!r} holds no {' or '.join(tensors)} with a row {row} in safetensors files; name a whole "
+        "causal model, not a bare decoder, saved as safetensors"
+    )
 
 
 def weight_files(folder: Path) -> list[Path]:

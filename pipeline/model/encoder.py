@@ -5,10 +5,10 @@ T packed tokens, S sequences, D width, M marker tokens.
 
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 MARKERS_FILE = "markers.safetensors"
+Gathered = Callable[[Sequence[nn.Parameter]], AbstractContextManager[None]]
 
 
 class MarkerEmbedding(nn.Module):
@@ -53,6 +54,14 @@ class MarkerEmbedding(nn.Module):
         one_hot = is_marker.to(self.marker_rows.dtype)
         rows = one_hot @ self.marker_rows
         return torch.where(is_marker.any(-1, keepdim=True), rows, self.base(known).to(rows.dtype))
+
+
+class HasDecoder(Protocol):
+    """An Encoder, or whatever else a decoder's adapters are trained in."""
+
+    decoder: nn.Module
+
+    def modules(self) -> Iterator[nn.Module]: ...
 
 
 class Encoder(nn.Module):
@@ -141,26 +150,44 @@ def load_encoder(
     marker_ids: tuple[int, ...],
     marker_subtokens: tuple[tuple[int, ...], ...],
     device_type: str = "cpu",
-    gathered: Callable[[Sequence[nn.Parameter]], AbstractContextManager[None]] = lambda _: nullcontext(),
+    gathered: Gathered = lambda _: nullcontext(),
 ) -> Encoder:
+    """The base decoder of `load_decoder` with the recipe's pooling.
+
+    Raises:
+        ValueError: as `load_decoder`, or a kernel of the embeddings that cannot run here.
+    """
+    require_impl(model.embed_kernels, torch.device(device_type), torch.float32)
+    decoder = load_decoder(model, marker_ids, marker_subtokens, device_type, gathered)
+    return Encoder(decoder, model.pooling, model.embed_kernels, model.attention == "causal")
+
+
+def load_decoder(
+    model: ModelSettings,
+    marker_ids: tuple[int, ...] = (),
+    marker_subtokens: tuple[tuple[int, ...], ...] = (),
+    device_type: str = "cpu",
+    gathered: Gathered = lambda _: nullcontext(),
+    config: PretrainedConfig | None = None,
+) -> nn.Module:
     """The base decoder in `model.dtype`, with rows for markers that its tokenizer did not have; nothing trains yet.
 
     Args:
         marker_ids, marker_subtokens: as in the store's prompt tokens. A marker with sub-tokens is new to the model and
             starts from the mean of their rows; one without was there before and is left alone.
         gathered: context in which parameters that came sharded are whole.
+        config: in place of the one that lies beside the weights, where transformers does not know that one's type.
 
     Raises:
-        ValueError: no such model, more layers asked for than it has, or a kernel that cannot run here.
+        ValueError: no such model, more layers asked for than it has, or an attention kernel that cannot run here.
     """
     try:
-        config = AutoConfig.from_pretrained(model.name)
+        config = config or AutoConfig.from_pretrained(model.name)
         if model.num_layers is not None:
             _keep_first_layers(config, model.num_layers)
         softcap = getattr(config, "attn_logit_softcapping", None)
         causal = model.attention == "causal"
         attention = register_packed_attention(model.attention_kernel, causal, device_type, model.dtype, softcap)
-        require_impl(model.embed_kernels, torch.device(device_type), torch.float32)
         _require_packable(config)
         decoder = AutoModel.from_pretrained(
             model.name, config=config, dtype=DTYPES[model.dtype], attn_implementation=attention
@@ -184,7 +211,7 @@ def load_encoder(
         # The reentrant form re-runs a layer as one autograd node, which ZeRO-3's gather hooks need.
         decoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
         decoder.enable_input_require_grads()
-    return Encoder(decoder, model.pooling, model.embed_kernels, causal)
+    return decoder
 
 
 def _require_packable(config: PretrainedConfig) -> None:
@@ -231,7 +258,7 @@ def _keep_first_layers(config: PretrainedConfig, num_layers: int) -> None:
         config.layer_types = config.layer_types[:num_layers]
 
 
-def choose_trained(encoder: Encoder, model: ModelSettings) -> None:
+def choose_trained(encoder: HasDecoder, model: ModelSettings) -> None:
     """What trains, as the recipe says: every weight, or adapters (fresh ones, or those of `model.adapter`)."""
     if model.trained == "full":
         encoder.decoder.requires_grad_(True)
@@ -241,7 +268,7 @@ def choose_trained(encoder: Encoder, model: ModelSettings) -> None:
         continue_adapter(encoder, Path(model.adapter), model)
 
 
-def add_lora(encoder: Encoder, lora: LoraSettings) -> None:
+def add_lora(encoder: HasDecoder, lora: LoraSettings) -> None:
     """Fresh adapters on the seven projections; they and the marker rows are all that trains.
 
     Raises:
@@ -262,7 +289,7 @@ def add_lora(encoder: Encoder, lora: LoraSettings) -> None:
             module.marker_rows.requires_grad_(True)
 
 
-def continue_adapter(encoder: Encoder, folder: Path, model: ModelSettings) -> None:
+def continue_adapter(encoder: HasDecoder, folder: Path, model: ModelSettings) -> None:
     """Weights of an adapter, and its marker rows if it has any, in place of the fresh ones that `add_lora` made.
 
     Raises:
@@ -310,7 +337,7 @@ def _require_adapter(folder: Path) -> None:
             raise ValueError(f"{file} is damaged ({error}); copy it again") from error
 
 
-def load_markers(encoder: Encoder, folder: Path) -> None:
+def load_markers(encoder: HasDecoder, folder: Path) -> None:
     """Marker rows of a saved `model/` folder, where the template has markers of its own."""
     markers = [module for module in encoder.modules() if isinstance(module, MarkerEmbedding)]
     if bool(markers) != (folder / MARKERS_FILE).is_file():
@@ -328,7 +355,7 @@ def load_markers(encoder: Encoder, folder: Path) -> None:
         module.marker_rows.data.copy_(rows_MD)
 
 
-def load_adapter(encoder: Encoder, folder: Path) -> None:
+def load_adapter(encoder: HasDecoder, folder: Path) -> None:
     """Adapters of a saved `model/` folder onto a base encoder, for inference.
 
     Raises:
