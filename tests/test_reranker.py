@@ -9,10 +9,13 @@ from dense_reranker import Pair, dense_scores
 from launching import REPOSITORY, launch, require_success
 from tiny_run import sharding_config
 from tokenizers import Tokenizer, models
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModel, AutoModelForCausalLM, Gemma2Config, LlamaConfig, MistralConfig, PretrainedConfig
 
 from pipeline.model.encoder import add_lora
+from pipeline.model.flop import pair_flop
 from pipeline.model.reranker import Reranker, load_reranker, yes_token
+from pipeline.model.shapes import ModelShape, read_shape
 from pipeline.settings import LoraSettings, ModelSettings
 
 DEPTH, YES = 4, 7
@@ -234,6 +237,30 @@ def test_yes_must_be_one_token():
     letters = Tokenizer(models.BPE({"Y": 0, "e": 1, "s": 2}, []))
     with pytest.raises(ValueError, match='the tokenizer makes 3 tokens of "Yes"'):
         yes_token(letters)
+
+
+@pytest.mark.parametrize(("layers", "ratio"), REDUCTIONS)
+def test_arithmetic_is_what_torch_counts(layers, ratio, folder_of):
+    """Gemma 2, whose attention here is plain matrix products; one pair and one exit at a time, with adapters."""
+    model = ModelSettings(name=folder_of("gemma2"), dtype="fp32", lora=LoraSettings(rank=2, alpha=4))
+    shape = read_shape(model, 0)
+    reranker = load_reranker(model, YES, 1)
+    add_lora(reranker, model.lora)
+    for parts, pair in zip(PAIRS[:2], make_pairs()[:2], strict=True):
+        for k in (2, 3, DEPTH):
+            with torch.no_grad(), FlopCounterMode(display=False) as counter:
+                packed_scores(reranker, [pair], (k,), layers, ratio)
+            assert pair_flop(shape, parts, k, layers, ratio, causal=False) == counter.get_total_flops()
+
+
+def test_the_papers_setting_saves_what_it_says():
+    """Exit 25 of Gemma-2-9b's 42 layers, two tokens to one after layer 8: 1 - (8 + 17 / 2) / 42 = 60.7 %."""
+    gemma = ModelShape("gemma2", 42, 3584, 16, 8, 256, 14336, 256000, 0, 0, True, False)
+    passages_only = [pair_flop(gemma, (0, 512, 0), *setting) for setting in ((25, (8,), 2), (42,), (25,))]
+    light, full, shallow = passages_only
+    assert 1 - light / full == pytest.approx(0.607, abs=0.003)  # attention, which saves more, is 2 % of the work
+    assert shallow / full == pytest.approx(25 / 42, rel=1e-6)
+    assert 1 - pair_flop(gemma, (60, 60, 12), 25, (8,), 2) / pair_flop(gemma, (60, 60, 12), 42) < 0.51
 
 
 def test_zero_3_gathers_what_it_needs(folder_of, tmp_path):

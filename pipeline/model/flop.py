@@ -1,4 +1,4 @@
-"""Arithmetic of a step, by formula: what the planner foresees and what a run's log counts.
+"""Arithmetic of a step, by formula: what the planner foresees and what a run's log counts; and of a reranker's pair.
 
 2 FLOP a weight and token (arXiv 2204.02311, appendix B). Per token, with N frozen and n LoRA weights in the
 projections: forward 2(N + n); backward 2N + 4n, as frozen weights get no gradient of their own (4N where every weight
@@ -13,7 +13,8 @@ what is done twice included; model FLOP utilisation (MFU) counts what one forwar
 for T tokens (6NT where every weight trains), without attention.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from pipeline.model.shapes import ModelShape
 
@@ -71,6 +72,34 @@ def executed_flop(shape: ModelShape, work: Work, causal: bool, forwards: float, 
         share = (shape.layers - 1) / shape.layers if shape.last_rows_only else 1.0
         again = share * sum(forward_flop(shape, whole, causal))
     return forward * forwards + backward + again
+
+
+def pair_flop(
+    shape: ModelShape,
+    parts: tuple[int, int, int],
+    exit_layer: int,
+    compress_layers: Sequence[int] = (),
+    compress_ratio: int = 1,
+    causal: bool = True,
+) -> float:
+    """All arithmetic of a reranker's forward pass over one pair (merging.py), adapters and one head included.
+
+    Args:
+        parts: tokens of the query, the passage and the prompt, each with what the template adds; only those of the
+            passage become fewer.
+        exit_layer, compress_layers, compress_ratio: as `Reranker.plan` takes them.
+        causal: counts half of the attention matrix; False: all of it, as plain matrix products compute it.
+    """
+    query, passage, prompt = parts
+    merges = sorted({layer for layer in compress_layers if layer < exit_layer})
+    total = 2.0 * shape.width
+    for start, stop in zip([0, *merges], [*merges, exit_layer], strict=True):
+        if start > 0:
+            passage = -(-passage // compress_ratio)
+        tokens = query + passage + prompt
+        level = replace(shape, layers=stop - start, last_rows_only=False)
+        total += sum(forward_flop(level, Work(tokens, tokens**2, 1), causal))
+    return total
 
 
 def model_flop(shape: ModelShape, work: Work) -> float:
