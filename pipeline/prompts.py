@@ -5,6 +5,7 @@ A prompt is a row of pieces, each a literal around one text:
     query    [instruct][query][query_end]                                   then EOS
     few-shot [instruct][query][response] ... [instruct][query][query_end]   then EOS
     passage  [passage]                                                      then EOS
+    pair     [query][passage][prompt]                                       and nothing: a reranker reads what is next
 
 Pieces are tokenised one by one and concatenated as token ids, never as text. That equals tokenising the whole prompt
 only where no token crosses the edge of two pieces, so each piece ends with the separator that follows it: tokenizers
@@ -67,6 +68,43 @@ TEMPLATES = {
 }
 
 
+@dataclass(frozen=True)
+class PairTemplate:
+    """Literals of a pair that a reranker scores. `{}` marks the text; `prompts`: relation asked for -> the question."""
+
+    name: str
+    query: str
+    passage: str
+    prompts: tuple[tuple[str, str], ...]
+
+    @property
+    def version(self) -> str:
+        """Changes with every character, as a `Template`'s."""
+        digest = hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+        return f"{self.name}-{digest[:12]}"
+
+    def prompt(self, relation: str) -> str:
+        """The question of a relation; ValueError with the known ones otherwise."""
+        prompts = dict(self.prompts)
+        if relation not in prompts:
+            raise ValueError(f"relation={relation!r} is unknown; known relations: {', '.join(prompts)}")
+        return prompts[relation]
+
+
+# The paper's (arXiv 2409.15700v1, appendix D), which knows a relation by what A and B are: q a query, p a passage.
+BGE_RERANKER = PairTemplate(
+    name="bge_reranker",
+    query="A: {}\n",
+    passage="B: {}\n",
+    prompts=(
+        ("q-p", "Predict whether passage B contains an answer to query A."),
+        ("q-q", "Predict whether queries A and B are asking the same thing."),
+        ("p-p", "Predict whether passages A and B have the same meaning."),
+        ("arguana", "Predict whether argument A and counterargument B express contradictory opinions."),
+    ),
+)
+
+
 def get_template(name: str) -> Template:
     """Look up a template by name; ValueError with the known names otherwise."""
     if name not in TEMPLATES:
@@ -92,6 +130,11 @@ def render_query(
 def render_passage(template: Template, passage: str) -> str:
     """A passage as text (no BOS or EOS)."""
     return template.passage.replace("{}", passage)
+
+
+def render_pair(template: PairTemplate, query: str, passage: str, prompt: str) -> str:
+    """A pair as text (no BOS): what people read, and the truth for tests of the ids."""
+    return template.query.replace("{}", query) + template.passage.replace("{}", passage) + prompt
 
 
 def _head(template: Template, instruction: str, query: str) -> list[str]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from tokenizers import Tokenizer
 
-from pipeline.prompts import Template
+from pipeline.prompts import PairTemplate, Template
 
 KINDS = ("query", "response", "passage")  # kinds of the store, in the order of their bits: 1, 2, 4
 PROBES = ("x", "Is it so?", "a b", 'He said: "no".', "word 12", "(end)", "日本語。", "x -- y!!")
@@ -36,7 +36,8 @@ class PieceEncoder:
     """A tokenizer that reads special tokens in a text as plain text, and the rules of a template's pieces."""
 
     tokenizer: Tokenizer
-    rules: dict[str, PieceRule]  # "instruct", "query", "response", "passage"; "query_end" around no text
+    # "instruct", "query", "response", "passage"; "query_end" around no text. Of a pair: "query", "passage", "prompt".
+    rules: dict[str, PieceRule]
     space: str | None  # what stands before a word that is tokenised alone as if inside a text; None: impossible
 
 
@@ -71,6 +72,24 @@ def make_encoder(serialized: str, template: Template) -> PieceEncoder:
         "query_end": _make_rule(plain, parsing, template, template.query_end + "{}", True, ""),
     }
     return PieceEncoder(plain, rules, _find_space(plain))
+
+
+def make_pair_encoder(serialized: str, template: PairTemplate) -> PieceEncoder:
+    """The rules of a pair's pieces; its prompt is a text like the others.
+
+    The passage's rule looks ahead to the first prompt: to a tokenizer one beginning of a sentence is like another.
+    """
+    plain = plain_tokenizer(serialized)
+    pieces = {
+        "query": (template.query, "", template.passage.partition("{}")[0].rstrip()),
+        "passage": (template.passage, "\n", template.prompts[0][1]),
+        "prompt": ("{}", "\n", ""),
+    }
+    rules = {}
+    for kind, (literal, left, right) in pieces.items():
+        before, _, suffix = literal.partition("{}")
+        rules[kind] = _learn_context(plain, PieceRule((), before, suffix, left, right))
+    return PieceEncoder(plain, rules, None)
 
 
 def _make_rule(

@@ -49,28 +49,17 @@ def load_tokenizer(name: str, template: Template) -> PromptTokenizer:
     Raises:
         ValueError: no such tokenizer, no fast one, no EOS, or one that the template cannot be used with.
     """
-    from transformers import AutoTokenizer
-
-    if Path(name).is_absolute() and not Path(name).is_dir():
-        raise ValueError(f"tokenizer {name}: no such folder; check model.name or preprocess.tokenizer")
-    try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0].rstrip(":")
-        remedy = "name its folder or hub name in preprocess.tokenizer (default: model.name)"
-        raise ValueError(f"tokenizer {name!r} cannot be loaded: {reason}; {remedy}") from error
-    if not tokenizer.is_fast:
-        raise ValueError(f"tokenizer {name!r} has no fast version; convert it and save it with tokenizer.json")
+    tokenizer = load_fast(name)
     if tokenizer.eos_token is None:
         raise ValueError(f"tokenizer {name!r} has no EOS token, whose embedding is the text's; set eos_token in it")
-    bos = _bos_ids(tokenizer, name)
+    bos = bos_ids(tokenizer, name)
     before = plain_tokenizer(tokenizer.backend_tokenizer.to_str())
     new = [marker for marker in template.markers if before.token_to_id(marker) is None]
     tokenizer.add_special_tokens(
         {"additional_special_tokens": list(template.markers)}, replace_extra_special_tokens=False
     )
     subtokens = [before.encode(m, add_special_tokens=False).ids if m in new else [] for m in template.markers]
-    serialized = _serialize(tokenizer)
+    serialized = serialize(tokenizer)
     encoder = make_encoder(serialized, template)
     tokens = PromptTokens(
         bos=bos,
@@ -88,7 +77,24 @@ def load_tokenizer(name: str, template: Template) -> PromptTokenizer:
     return PromptTokenizer(tokenizer, template, tokens, digest.hexdigest(), encoder, largest_id, serialized)
 
 
-def _serialize(tokenizer: Any) -> str:
+def load_fast(name: str) -> Any:
+    """A fast tokenizer of transformers as it is (a folder or a hub name); ValueError where there is none."""
+    from transformers import AutoTokenizer
+
+    if Path(name).is_absolute() and not Path(name).is_dir():
+        raise ValueError(f"tokenizer {name}: no such folder; check model.name or preprocess.tokenizer")
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0].rstrip(":")
+        remedy = "name its folder or hub name in preprocess.tokenizer (default: model.name)"
+        raise ValueError(f"tokenizer {name!r} cannot be loaded: {reason}; {remedy}") from error
+    if not tokenizer.is_fast:
+        raise ValueError(f"tokenizer {name!r} has no fast version; convert it and save it with tokenizer.json")
+    return tokenizer
+
+
+def serialize(tokenizer: Any) -> str:
     """The fast tokenizer as JSON, without truncation and padding: those belong to a call, not to the tokenizer."""
     copy = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     copy.no_truncation()
@@ -96,7 +102,7 @@ def _serialize(tokenizer: Any) -> str:
     return copy.to_str()
 
 
-def _bos_ids(tokenizer: Any, name: str) -> tuple[int, ...]:
+def bos_ids(tokenizer: Any, name: str) -> tuple[int, ...]:
     """BOS where the model was trained with one: as the tokenizer's configuration says, else by what it does.
 
     Asking the loaded tokenizer is not enough. transformers 5 ignores `add_bos_token` of a configuration beside a
