@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -69,6 +70,27 @@ def passing_errno(error: BaseException | None) -> int:
 def exit_code(error: Exception) -> int:
     """2 for what someone has to mend; 1 for a file system that is away, which may be back when the job comes back."""
     return 1 if passing_errno(error) else 2
+
+
+@contextmanager
+def replaced_folder(folder: Path) -> Iterator[Path]:
+    """Gives an empty folder to fill, which takes the name `folder` when all of it is on disk.
+
+    The old one leaves in one step too, so that a folder of this name is always whole.
+    """
+    partial = folder.with_name(f".partial-{folder.name}")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    yield partial
+    for path in (*partial.iterdir(), partial):
+        sync(path)
+    replaced = folder.with_name(f".replaced-{folder.name}")
+    shutil.rmtree(replaced, ignore_errors=True)
+    if folder.exists():
+        folder.rename(replaced)
+    partial.rename(folder)
+    sync(folder.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def take_lock(path: Path, wait: bool = False) -> IO[str] | None:

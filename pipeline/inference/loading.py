@@ -9,10 +9,13 @@ import dataclasses
 import json
 import logging
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from safetensors import safe_open
+from torch import nn
 
 from pipeline.data.composing import Limits
 from pipeline.data.tokenizing import PromptTokenizer, load_tokenizer
@@ -107,17 +110,28 @@ def _read_published(folder: Path, name: str) -> tuple[EmbedderDescription, Promp
             f"template={name!r}, but the tokenizer of {folder} has no {', '.join(unknown)}: the model was not trained "
             "with it; name its own template, or take a base model through a recipe"
         )
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        saved_as = config.get("dtype", config.get("torch_dtype"))
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f"{folder / 'config.json'} cannot be read ({error}); fetch it again") from error
-    if saved_as == "float16":
-        log.warning("%s was saved in float16, and is loaded in bfloat16", folder)
-    halves = saved_as in ("float16", "bfloat16")
-    model = ModelSettings(name=str(folder), dtype="bf16" if halves else "fp32", trained="full")
+    model = ModelSettings(name=str(folder), dtype=saved_dtype(folder, read_config(folder)), trained="full")
     limits = Limits.from_settings(PreprocessSettings())
     return EmbedderDescription(model, template, limits, tokenizer.tokens, tokenizer.fingerprint), tokenizer
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """A published model's config.json; ValueError where it cannot be read."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{folder / 'config.json'} cannot be read ({error}); fetch it again") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{folder / 'config.json'} cannot be read (it is no JSON object); fetch it again")
+    return config
+
+
+def saved_dtype(folder: Path, config: Mapping[str, Any]) -> Literal["bf16", "fp32"]:
+    """The type that a published model's weights are loaded in: the one that they were saved in, where we know it."""
+    saved_as = config.get("dtype", config.get("torch_dtype"))
+    if saved_as == "float16":
+        log.warning("%s was saved in float16, and is loaded in bfloat16", folder)
+    return "bf16" if saved_as in ("float16", "bfloat16") else "fp32"
 
 
 def load_weights(folder: Path, description: EmbedderDescription, pt: PromptTokenizer, device: torch.device) -> Encoder:
@@ -128,7 +142,7 @@ def load_weights(folder: Path, description: EmbedderDescription, pt: PromptToken
     """
     model, tokens = description.model, description.tokens
     if model.trained == "lora":
-        _require_base(folder, description)
+        require_base(folder / DESCRIPTION_FILE, model.name, description.base_fingerprint)
     encoder = load_encoder(model, tokens.marker_ids, tokens.marker_subtokens, device.type)
     if not any(tokens.marker_subtokens):  # else the template's markers come after the table's rows
         require_rows(encoder, pt.largest_id)
@@ -136,28 +150,28 @@ def load_weights(folder: Path, description: EmbedderDescription, pt: PromptToken
     if model.trained == "lora":
         load_adapter(encoder, folder)
     else:
-        _require_all_weights(folder, encoder)
+        require_all_weights(folder, encoder.decoder)
     return encoder.to(device).eval()
 
 
-def _require_base(folder: Path, description: EmbedderDescription) -> None:
-    """ValueError where the base model is not there, or not the one that was trained on."""
-    name, remedy = description.model.name, f"set base_model in {folder / DESCRIPTION_FILE} to where it is"
+def require_base(description: Path, name: str, fingerprint: str) -> None:
+    """ValueError where the base model that a description file names is not there, or not the one trained on."""
+    folder, remedy = description.parent, f"set base_model in {description} to where it is"
     if Path(name).is_absolute() and not Path(name).is_dir():
         raise ValueError(f"{folder} needs its base model, and {name} is no folder here; {remedy}")
-    if not description.base_fingerprint:
+    if not fingerprint:
         log.warning("%s says nothing of its base's weights; taken unchecked: %s", folder, name)
-    elif fingerprint_base(name) != description.base_fingerprint:
+    elif fingerprint_base(name) != fingerprint:
         raise ValueError(f"{folder} was trained on other weights than those of {name} now; {remedy}")
 
 
-def _require_all_weights(folder: Path, encoder: Encoder) -> None:
+def require_all_weights(folder: Path, decoder: nn.Module) -> None:
     """ValueError where the folder's files lack weights: transformers would draw them at random, with a warning."""
     stored = set()
     for file in folder.glob("*.safetensors"):
         with safe_open(file, framework="pt") as opened:
             stored |= set(opened.keys())
-    names = {name.replace("embed_tokens.base.", "embed_tokens.") for name in encoder.decoder.state_dict()}
+    names = {name.replace("embed_tokens.base.", "embed_tokens.") for name in decoder.state_dict()}
     missing = sorted(n for n in names if not {n, f"model.{n}"} & stored and not n.endswith("marker_rows"))
     if stored and missing:
         raise ValueError(f"{folder} lacks {len(missing)} weights ({missing[0]}, ...); was it copied in part?")

@@ -11,7 +11,6 @@ examples.json                                    a few (query, response) pairs o
 import dataclasses
 import json
 import logging
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from pipeline.data.composing import Limits
 from pipeline.data.store import DatasetTable, TokenStore
 from pipeline.data.tokenizing import PromptTokenizer
 from pipeline.datatypes import RULES
-from pipeline.files import sync
+from pipeline.files import replaced_folder
 from pipeline.inference.description import DESCRIPTION_FILE
 from pipeline.model.encoder import MARKERS_FILE, Encoder
 from pipeline.settings import Settings
@@ -51,42 +50,37 @@ def save_model(
         base_fingerprint: of the base model when it was loaded (`fingerprint_base`); what its name stands for on the hub
             may have changed since.
     """
-    partial = folder.with_name(f".partial-{folder.name}")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
     weights = {name.removeprefix("decoder."): parts["weight"] for name, parts in trainable.items()}
     markers = {name: value for name, value in weights.items() if name.endswith("marker_rows")}
     others = {name: value for name, value in weights.items() if name not in markers}
     assert len(markers) <= 1
-    if isinstance(encoder.decoder, PeftModel):
-        adapters = get_peft_model_state_dict(encoder.decoder, state_dict=others)
-        save_file(adapters, partial / "adapter_model.safetensors")
-        config = dataclasses.replace(encoder.decoder.peft_config["default"], inference_mode=True)
-        config.base_model_name_or_path = settings.model.name
-        config.save_pretrained(str(partial))
-    else:
-        decoder: Any = encoder.decoder
-        # Under the names that the model has without MarkerEmbedding around its table.
-        names = {name: name.replace("embed_tokens.base.", "embed_tokens.") for name in others}
-        whole = {names[name]: value.to(decoder.dtype) for name, value in others.items()}
-        save_file(whole, partial / "model.safetensors", metadata={"format": "pt"})
-        decoder.config.save_pretrained(str(partial))
-    for value in markers.values():
-        save_file({"marker_rows": value}, partial / MARKERS_FILE)
-    tokenizer.tokenizer.save_pretrained(str(partial))
-    _write_json(partial / DESCRIPTION_FILE, _description(tokenizer, settings, store, base_fingerprint))
-    examples = {table.name: _examples(store, table) for table in store.datasets}
-    _write_json(partial / "examples.json", examples)
-    for path in (*partial.iterdir(), partial):
-        sync(path)
-    # The old one leaves in one step too, so that a folder of this name is always whole.
-    replaced = folder.with_name(f".replaced-{folder.name}")
-    shutil.rmtree(replaced, ignore_errors=True)
-    if folder.exists():
-        folder.rename(replaced)
-    partial.rename(folder)
-    sync(folder.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
+    with replaced_folder(folder) as partial:
+        if isinstance(encoder.decoder, PeftModel):
+            save_adapter(partial, encoder.decoder, others, settings.model.name)
+        else:
+            _save_whole(partial, encoder.decoder, others)
+        for value in markers.values():
+            save_file({"marker_rows": value}, partial / MARKERS_FILE)
+        tokenizer.tokenizer.save_pretrained(str(partial))
+        write_json(partial / DESCRIPTION_FILE, _description(tokenizer, settings, store, base_fingerprint))
+        examples = {table.name: _examples(store, table) for table in store.datasets}
+        write_json(partial / "examples.json", examples)
+
+
+def save_adapter(folder: Path, decoder: PeftModel, weights: dict[str, Tensor], base_model: str) -> None:
+    """PEFT's two files from whole weights, under the names that they have in `decoder`."""
+    save_file(get_peft_model_state_dict(decoder, state_dict=weights), folder / "adapter_model.safetensors")
+    config = dataclasses.replace(decoder.peft_config["default"], inference_mode=True)
+    config.base_model_name_or_path = base_model
+    config.save_pretrained(str(folder))
+
+
+def _save_whole(folder: Path, decoder: Any, weights: dict[str, Tensor]) -> None:
+    """Every weight, under the names that the model has without MarkerEmbedding around its table."""
+    names = {name: name.replace("embed_tokens.base.", "embed_tokens.") for name in weights}
+    whole = {names[name]: value.to(decoder.dtype) for name, value in weights.items()}
+    save_file(whole, folder / "model.safetensors", metadata={"format": "pt"})
+    decoder.config.save_pretrained(str(folder))
 
 
 def _description(
@@ -142,5 +136,6 @@ def _examples(store: TokenStore, table: DatasetTable) -> list[dict[str, str]]:
     return examples[:count]
 
 
-def _write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any) -> None:
+    """A JSON file that people can read, UTF-8."""
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
