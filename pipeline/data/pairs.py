@@ -47,10 +47,15 @@ class ComposedPair:
     passage_was_cut: bool
 
 
-def load_pair_tokenizer(name: str, template: PairTemplate) -> PairTokenizer:
-    """Load a tokenizer (a folder or a hub name); ValueError where there is no fast one."""
+def load_pair_tokenizer(name: str, template: PairTemplate, bos: tuple[int, ...] | None = None) -> PairTokenizer:
+    """Load a tokenizer (a folder or a hub name); ValueError where there is no fast one.
+
+    Args:
+        bos: what pairs begin with, where that is known: transformers 5 saves a tokenizer without the setting that tells
+            whether it wants one. None: found out.
+    """
     tokenizer = load_fast(name)
-    bos = bos_ids(tokenizer, name)
+    bos = bos_ids(tokenizer, name) if bos is None else bos
     serialized = serialize(tokenizer)
     encoder = make_pair_encoder(serialized, template)
     return PairTokenizer(
