@@ -5,9 +5,9 @@ Trained here   adapter_config.json, adapter_model.safetensors (PEFT's own form),
 Published      BAAI/bge-reranker-v2.5-gemma2-lightweight: a whole Gemma 2 under a model type of its own, whose LM head
                is a list of single rows, lm_head.I.linear_head.weight for exit start_layer + I
 
-FlagEmbedding gives the I-th of the exits that a call asks for the I-th row of that list, so a call for one exit reads
-the first exit's row at any depth. Here every exit has its own row, as in training, where all of them are asked for.
-Scores at a single exit therefore differ from FlagEmbedding's as far as those rows do.
+FlagEmbedding's gemma_model.py gives the I-th of the exits that a call asks for the I-th row of that list, so a call
+for one exit reads the first exit's row at any depth. Here every exit has its own row, as in FlagEmbedding's older
+layer-wise model; scores at a single exit differ from FlagEmbedding's as far as those rows do.
 """
 
 import dataclasses
