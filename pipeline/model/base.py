@@ -3,13 +3,16 @@
 D width.
 """
 
+from __future__ import annotations
+
 import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor  # nobody who only looks at files should wait for it
 
 SAMPLES, SAMPLE_BYTES = 256, 4096  # of a weight file: one every 20 MB of a file of 5 GB
 
@@ -43,6 +46,8 @@ def read_row(name: str, tensors: Sequence[str], row: int) -> Tensor:
     Raises:
         ValueError: the model is not to be had, a file is damaged, or none holds such a tensor with so many rows.
     """
+    from safetensors import SafetensorError, safe_open
+
     folder = Path(name)
     if not folder.is_dir():
         folder = _hub_folder(name)
