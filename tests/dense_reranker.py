@@ -9,7 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from dense_loss import DenseStep
 from torch import Tensor
+
+from pipeline.settings import LossSettings
 
 
 @dataclass(frozen=True)
@@ -73,3 +76,22 @@ def _window(config: Any, i: int) -> int | None:
     if kinds is not None and kinds[i] != "sliding_attention":
         return None
     return getattr(config, "sliding_window", None)
+
+
+def dense_reranker_loss(score_CE: Tensor, step: DenseStep, loss: LossSettings) -> Tensor:
+    """The loss of a whole step, one row and one exit at a time."""
+    rows, taught = [], []
+    groups = score_CE.split([len(group) for group in step.groups])
+    for group, own_CE, scores in zip(step.groups, groups, step.scores, strict=True):
+        others = [i for i, p in enumerate(group) if i and step.text_P[p] != step.text_P[group[0]]]
+        kept_GE = own_CE[[0, *others]]
+        last_G = torch.softmax(kept_GE[:, -1].detach(), dim=0)
+        for e in range(score_CE.shape[1]):
+            log_G = kept_GE[:, e] - torch.logsumexp(kept_GE[:, e], dim=0)
+            divergence = (last_G * (last_G.log() - log_G)).sum() if e < score_CE.shape[1] - 1 else 0.0
+            rows.append(-log_G[0] + divergence)
+            if scores is not None:
+                wanted = torch.tensor([scores[i] for i in [0, *others]], dtype=score_CE.dtype)
+                taught.append(-(torch.softmax(wanted / loss.teacher_temperature, dim=0) * log_G).sum())
+    total = torch.stack(rows).mean()
+    return total + loss.distillation_weight * torch.stack(taught).mean() if taught else total

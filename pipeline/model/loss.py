@@ -111,7 +111,7 @@ def _loss_of_width(
     if threshold_B is not None:
         is_left_out_C = is_duplicate_C | (logits_C.detach() * settings.temperature > threshold_B[targets.row_C])
         is_left_out_C[positive_C] = False
-    group_lse_B = torch.logsumexp(_by_row(logits_C.masked_fill(is_left_out_C, float("-inf")), targets), dim=1)
+    group_lse_B = torch.logsumexp(by_row(logits_C.masked_fill(is_left_out_C, float("-inf")), targets), dim=1)
     loss = (torch.logaddexp(rest_lse_B, group_lse_B) - logits_C[positive_C]).sum() / targets.num_rows
     if settings.distillation_weight and targets.num_scored_rows:
         distil = {"kl_div": _kl_div, "m3_kd": _m3_kd}[settings.distillation]
@@ -173,10 +173,11 @@ def count_filtered(query_BD: Tensor, passage_PD: Tensor, targets: LossTargets, s
     return total
 
 
-def _by_row(values_C: Tensor, targets: LossTargets) -> Tensor:
-    """Ragged groups as rows of equal length, filled up with -inf."""
+def by_row(values_C: Tensor, targets: LossTargets) -> Tensor:
+    """Ragged groups as rows of equal length, filled up with -inf; further dimensions stay behind."""
     place_C = torch.arange(len(values_C), device=values_C.device) - targets.group_offsets[targets.row_C]
-    padded = values_C.new_full((len(targets.positive_text_B), targets.longest_group), float("-inf"))
+    shape = (len(targets.positive_text_B), targets.longest_group, *values_C.shape[1:])
+    padded = values_C.new_full(shape, float("-inf"))
     return padded.index_put((targets.row_C, place_C), values_C)
 
 
@@ -184,8 +185,8 @@ def _kl_div(
     logits_C: Tensor, rest_lse_B: Tensor, is_duplicate_C: Tensor, teacher_score_C: Tensor, targets: LossTargets
 ) -> Tensor:
     """Sum over scored rows of the cross-entropy from the teacher's to the student's distribution over the group."""
-    scored_B, teacher_BG = _teacher(teacher_score_C, targets)
-    student_BG = torch.log_softmax(_by_row(logits_C, targets)[scored_B], dim=1)
+    scored_B, teacher_BG = teacher_distribution(teacher_score_C, targets)
+    student_BG = torch.log_softmax(by_row(logits_C, targets)[scored_B], dim=1)
     # Filler places have teacher weight 0 and student -inf: their product must be 0, not NaN.
     return -(teacher_BG * student_BG.masked_fill(teacher_BG == 0, 0.0)).sum()
 
@@ -194,9 +195,9 @@ def _m3_kd(
     logits_C: Tensor, rest_lse_B: Tensor, is_duplicate_C: Tensor, teacher_score_C: Tensor, targets: LossTargets
 ) -> Tensor:
     """Sum over scored rows; duplicates of the positive are no candidates here either."""
-    scored_B, teacher_BG = _teacher(teacher_score_C.masked_fill(is_duplicate_C, float("-inf")), targets)
+    scored_B, teacher_BG = teacher_distribution(teacher_score_C.masked_fill(is_duplicate_C, float("-inf")), targets)
     # Finite, unlike -inf: the log-sum-exp of filler alone then has a gradient of 0, not NaN.
-    student_BG = _by_row(logits_C.masked_fill(is_duplicate_C, FILLER), targets).clamp_min(FILLER)[scored_B]
+    student_BG = by_row(logits_C.masked_fill(is_duplicate_C, FILLER), targets).clamp_min(FILLER)[scored_B]
     divergence = logits_C.sum() * 0.0
     for g in range(targets.longest_group):
         against_B = torch.logaddexp(rest_lse_B[scored_B], torch.logsumexp(student_BG[:, g:], dim=1))
@@ -204,8 +205,8 @@ def _m3_kd(
     return divergence
 
 
-def _teacher(score_C: Tensor, targets: LossTargets) -> tuple[Tensor, Tensor]:
+def teacher_distribution(score_C: Tensor, targets: LossTargets) -> tuple[Tensor, Tensor]:
     """Which rows have scores, and for those the teacher's distribution over the group (0 in filler places)."""
-    scores_BG = _by_row(score_C, targets)
+    scores_BG = by_row(score_C, targets)
     scored_B = ~torch.isnan(scores_BG).any(dim=1)
     return scored_B, torch.softmax(scores_BG[scored_B], dim=1)
