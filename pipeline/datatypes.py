@@ -121,3 +121,14 @@ class PackedChunk:
     def num_tokens(self) -> int:
         """Real tokens (the dummy's one token is not counted)."""
         return 0 if self.sequence_S[0] < 0 else len(self.input_ids_T)
+
+
+@dataclass(frozen=True)
+class PairChunk(PackedChunk):
+    """Pairs of a reranker, packed: a sequence is a query with one candidate, numbered as the plan's candidates.
+
+    The dummy's passage is empty.
+    """
+
+    # int64: first token of each pair's passage and the one after its last, counted from the pair's first.
+    passage_S2: np.ndarray

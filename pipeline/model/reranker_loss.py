@@ -31,11 +31,10 @@ def reranker_loss(score_CE: Tensor, targets: LossTargets, settings: LossSettings
     num_exits = score_CE.shape[1]
     loss = -log_BGE[:, 0].sum() / (targets.num_rows * num_exits)
 
-    # Places without a candidate have probability 0 and logarithm -inf: their product must be 0, not NaN.
+    # Places without a candidate have logarithm -inf. With the same number at all exits they add 0 below, not NaN.
     log_BGE = log_BGE.masked_fill(log_BGE == float("-inf"), 0.0)
     last_BG1 = log_BGE[:, :, -1:].detach()
-    is_there_BG1 = by_row(torch.where(is_duplicate_C, 0.0, 1.0), targets)[..., None] > 0
-    divergence = (last_BG1.exp() * is_there_BG1 * (last_BG1 - log_BGE[:, :, :-1])).sum()
+    divergence = (last_BG1.exp() * (last_BG1 - log_BGE[:, :, :-1])).sum()
     loss = loss + divergence / (targets.num_rows * num_exits)
 
     if settings.distillation_weight and targets.num_scored_rows:

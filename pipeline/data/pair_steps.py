@@ -1,0 +1,65 @@
+"""The pairs of a reranker's step: each query of a plan with each candidate of its group, as packed chunks.
+
+Texts come from the token store and are tokenised here, while the step before computes: one store serves embedders and
+rerankers, and no piece of it is stored under two templates.
+
+C pairs of the step (the plan's candidates), S pairs of a chunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from pipeline.data.packing import pack_chunk
+from pipeline.data.pairs import ComposedPair, PairTokenizer, compose_pair, tokenize_pair_pieces
+from pipeline.datatypes import BatchPlan, PairChunk
+
+if TYPE_CHECKING:
+    from pipeline.data.store import TokenStore
+
+# What is asked of a task type's pairs where the recipe names nothing (the paper's prompts, appendix D). The paper
+# trains on retrieval alone; of its questions these are the nearest for the others.
+RELATIONS = {
+    "normal": "q-p",
+    "only_1neg": "q-p",
+    "symmetric_sts": "p-p",
+    "symmetric_class": "q-p",  # B is a label
+    "symmetric_clustering": "p-p",
+}
+
+
+def compose_pairs(
+    store: TokenStore, pt: PairTokenizer, plan: BatchPlan, relation: str, max_pair_tokens: int
+) -> list[ComposedPair]:
+    """All pairs of the step in the order of the plan's candidates; a text that stands in several is tokenised once.
+
+    Args:
+        relation: of the template's prompts.
+        max_pair_tokens: limit of a whole pair, BOS and prompt counted.
+
+    Raises:
+        ValueError: as `compose_pair`.
+    """
+    query_C = np.repeat(plan.query_text_B, np.diff(plan.group_offsets)).tolist()
+    passage_C = plan.passage_text_P[plan.candidate_C].tolist()
+    queries, passages = (_pieces(store, pt, ids, kind) for ids, kind in ((query_C, "query"), (passage_C, "passage")))
+    prompt_ids = tokenize_pair_pieces(pt, [pt.template.prompt(relation)], "prompt")[0]
+    return [
+        compose_pair(pt, queries[q], passages[p], prompt_ids, max_pair_tokens)
+        for q, p in zip(query_C, passage_C, strict=True)
+    ]
+
+
+def _pieces(store: TokenStore, pt: PairTokenizer, text_ids: Sequence[int], kind: str) -> dict[int, list[int]]:
+    distinct = list(dict.fromkeys(text_ids))
+    return dict(zip(distinct, tokenize_pair_pieces(pt, [store.text(i) for i in distinct], kind), strict=True))
+
+
+def pack_pairs(sequence_S: np.ndarray, pairs: Sequence[ComposedPair]) -> PairChunk:
+    """`pack_chunk` of pairs `sequence_S` of the step's `pairs`, with their passages."""
+    own = [pairs[s] for s in sequence_S.tolist()]
+    spans = [(pair.start, pair.stop) for pair in own] or [(0, 0)]
+    return PairChunk(**vars(pack_chunk(sequence_S, [pair.ids for pair in own])), passage_S2=np.array(spans))
