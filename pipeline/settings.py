@@ -70,6 +70,7 @@ class PreprocessSettings:
     max_example_query_tokens: int = 256
     max_example_passage_tokens: int = 256
     max_prompt_tokens: int = 2048  # query and examples together
+    max_pair_tokens: int = 512  # of a reranker: query, passage and prompt together; no part of the store
     bucket_edges: tuple[int, ...] = (128, 256, 512, 1024, 2048)  # upper edges of a row's length key, in tokens
     max_bad_row_share: float = 0.01  # stop when more rows than this are quarantined
 

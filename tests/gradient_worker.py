@@ -68,19 +68,25 @@ def reference_loss(
         cu_seqlens = torch.tensor([0, len(ids)], dtype=torch.int32)
         return encoder(ids, torch.arange(len(ids)), cu_seqlens, len(ids))[0]
 
+    embeddings_SD = torch.stack([embed(s) for s in range(plan.num_sequences)])
+    query_BD, passage_PD = embeddings_SD[: plan.num_queries], embeddings_SD[plan.num_queries :]
+    return dense_loss(query_BD, passage_PD, dense_step(plan), settings.loss)
+
+
+def dense_step(plan: BatchPlan) -> DenseStep:
+    """The plan as lists."""
+
     def ragged(values: np.ndarray, offsets: np.ndarray) -> list[list]:
         return [part.tolist() for part in np.split(values, offsets[1:-1])]
 
     scores = ragged(plan.teacher_score_C, plan.group_offsets)
-    step = DenseStep(
+    return DenseStep(
         groups=ragged(plan.candidate_C, plan.group_offsets),
         text_P=plan.passage_text_P.tolist(),
         scores=[None if np.isnan(own).any() else own for own in scores],
         in_batch=plan.in_batch_negatives,
         shown=ragged(plan.example_response_E, plan.example_offsets),
     )
-    embeddings_SD = torch.stack([embed(s) for s in range(plan.num_sequences)])
-    return dense_loss(embeddings_SD[: plan.num_queries], embeddings_SD[plan.num_queries :], step, settings.loss)
 
 
 def run_reference(settings: Settings, out: str) -> None:

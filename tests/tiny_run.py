@@ -8,7 +8,9 @@ import torch
 import yaml
 from launching import REPOSITORY
 from tokenizers import ByteLevelBPETokenizer
-from transformers import LlamaConfig, LlamaModel, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel, PreTrainedTokenizerFast
+
+from pipeline.prompts import BGE_RERANKER
 
 WORDS = ("river", "stone", "cloud", "amber", "violin", "engine", "market", "planet", "copper", "garden", "winter")
 TYPES = ("normal", "only_1neg", "symmetric_sts", "symmetric_class", "symmetric_clustering")
@@ -54,6 +56,20 @@ def make_tiny_run(folder: Path) -> Path:
     return path
 
 
+def make_tiny_reranker_run(folder: Path) -> Path:
+    """The same for a reranker: a causal model of four layers, whose tokenizer has "Yes" as one token."""
+    path = make_tiny_run(folder)
+    recipe = yaml.safe_load(path.read_text())
+    recipe["model"]["name"] = "./causal"
+    recipe["preprocess"]["max_pair_tokens"] = 72
+    recipe["batch"] |= {"queries": 6, "symmetric_queries": 4, "group_size": 4, "examples": {"mode": "none"}}
+    path.write_text(yaml.safe_dump(recipe, sort_keys=False))
+    lines = [line for file in (folder / "data").glob("*.jsonl") for line in file.read_text().splitlines()]
+    texts = [json.loads(line)["pos"][0] for line in lines] + [prompt for _, prompt in BGE_RERANKER.prompts] * 20
+    make_tiny_model(folder / "causal", [*texts, *["Yes"] * 50], LlamaForCausalLM, num_layers=4)
+    return path
+
+
 def sharding_config(folder: Path, name: str) -> Path:
     """One of the repository's configs; for stage 3 without the threshold below which weights stay whole.
 
@@ -70,8 +86,8 @@ def sharding_config(folder: Path, name: str) -> Path:
     return path
 
 
-def make_tiny_model(folder: Path, texts: list[str]) -> None:
-    """A random two-layer Llama and a byte-level tokenizer trained on the texts."""
+def make_tiny_model(folder: Path, texts: list[str], kind: type = LlamaModel, num_layers: int = 2) -> None:
+    """A random Llama and a byte-level tokenizer trained on the texts."""
     bpe = ByteLevelBPETokenizer()
     bpe.train_from_iterator(texts, vocab_size=400, special_tokens=["<|end|>"], show_progress=False)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, eos_token="<|end|>", pad_token="<|end|>")
@@ -80,13 +96,13 @@ def make_tiny_model(folder: Path, texts: list[str]) -> None:
     config = LlamaConfig(
         hidden_size=64,
         intermediate_size=96,
-        num_hidden_layers=2,
+        num_hidden_layers=num_layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         vocab_size=len(tokenizer),
         initializer_range=0.1,
     )
-    LlamaModel(config).save_pretrained(str(folder))
+    kind(config).save_pretrained(str(folder))
 
 
 def _rows(task_type: str) -> list[dict]:

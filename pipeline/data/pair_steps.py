@@ -15,6 +15,7 @@ import numpy as np
 
 from pipeline.data.packing import pack_chunk
 from pipeline.data.pairs import ComposedPair, PairTokenizer, compose_pair, tokenize_pair_pieces
+from pipeline.data.permutation import mix_key
 from pipeline.datatypes import BatchPlan, PairChunk
 
 if TYPE_CHECKING:
@@ -29,6 +30,25 @@ RELATIONS = {
     "symmetric_class": "q-p",  # B is a label
     "symmetric_clustering": "p-p",
 }
+RATIOS = (1, 2, 4, 8)
+_WIDTH = 201  # purpose of a key; others stand in sampling.py and schedule.py
+
+
+def draw_width(seed: int, step: int, merge_layers: Sequence[int]) -> tuple[tuple[int, ...], int]:
+    """The width of a step, a function of seed and step: layers behind which passages are merged, and the ratio.
+
+    The ratio is one of RATIOS. The paper says no more of a strategy than that one is drawn a step, and evaluates with
+    ratio 2 at the first of its layers alone: each layer is one of the step's with probability 1/2, so that every choice
+    that a call may make was trained. Ratio 1 merges nowhere.
+    """
+    draw = np.random.default_rng(mix_key(seed, _WIDTH, step))
+    ratio = int(draw.choice(RATIOS))
+    chosen = draw.random(len(merge_layers)) < 0.5
+    if ratio == 1 or not merge_layers:
+        return (), 1
+    if not chosen.any():  # would be ratio 1 by another name
+        chosen[draw.integers(len(merge_layers))] = True
+    return tuple(layer for layer, is_one in zip(merge_layers, chosen.tolist(), strict=True) if is_one), ratio
 
 
 def compose_pairs(

@@ -23,7 +23,7 @@ from pipeline.model.encoder import Gathered, load_decoder
 from pipeline.model.merging import Route, follow_routes, plan_route
 from pipeline.settings import ModelSettings
 
-FIRST_EXIT = 8  # the paper's
+FIRST_EXIT, MERGE_LAYERS, PAPER_DEPTH = 8, (8, 16, 24, 32, 40), 42  # the paper's, of Gemma 2 9B
 _TABLES = ("model.embed_tokens.weight", "embed_tokens.weight")
 
 
@@ -169,6 +169,12 @@ def load_reranker(
     tied = decoder.config.tie_word_embeddings
     row_D = read_row(model.name, _TABLES if tied else ("lm_head.weight",), yes_id).float()
     return Reranker(decoder, row_D.repeat(depth - first_exit + 1, 1), first_exit)
+
+
+def scale_layers(depth: int) -> tuple[int, tuple[int, ...]]:
+    """(first exit, layers to merge at) of a model of this depth: as far up as in the paper's."""
+    scaled = [round(layer * depth / PAPER_DEPTH) for layer in (FIRST_EXIT, *MERGE_LAYERS)]
+    return max(1, scaled[0]), tuple(sorted({layer for layer in scaled[1:] if 1 <= layer < depth}))
 
 
 def yes_token(tokenizer: Tokenizer) -> int:

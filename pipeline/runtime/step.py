@@ -5,6 +5,7 @@ D width, W ranks.
 """
 
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +24,7 @@ from pipeline.runtime.engine import one_reduction, take_step
 from pipeline.runtime.ranks import Ranks, gather_embeddings, gather_values, sum_over_ranks
 from pipeline.runtime.targets import loss_targets
 from pipeline.runtime.watch import Watch, pass_boundary
-from pipeline.settings import Settings
+from pipeline.settings import RunSettings, Settings
 
 PHASES = ("pass_1", "loss", "pass_2", "reduce")
 FAULTS = ("", "gradient", "embeddings")
@@ -34,7 +35,7 @@ class StepInputs:
     """What one rank needs for one step; the numbers are those of the whole step."""
 
     plan: BatchPlan
-    chunks: list[PackedChunk]
+    chunks: Sequence[PackedChunk]
     sequences_of_rank: list[np.ndarray]
     targets: LossTargets
     rows: slice
@@ -68,8 +69,7 @@ def prepare_step(
         pack_chunk(sequence_S, [sequence_ids(store, limits, plan, int(s)) for s in sequence_S])
         for sequence_S in dealt[ranks.rank]
     ]
-    edges = np.linspace(0, plan.num_queries, ranks.world_size + 1).round().astype(int)
-    rows = slice(int(edges[ranks.rank]), int(edges[ranks.rank + 1]))
+    rows = rows_of_rank(plan, ranks)
     return StepInputs(
         plan=plan,
         chunks=chunks,
@@ -81,6 +81,12 @@ def prepare_step(
         num_chunks=len(chunks),
         num_negatives_shown=count_shown(plan) if mask_shown else 0,
     )
+
+
+def rows_of_rank(plan: BatchPlan, ranks: Ranks) -> slice:
+    """The rows whose loss this rank computes."""
+    edges = np.linspace(0, plan.num_queries, ranks.world_size + 1).round().astype(int)
+    return slice(int(edges[ranks.rank]), int(edges[ranks.rank + 1]))
 
 
 def encode_chunk(encoder: Any, chunk: PackedChunk, device: torch.device) -> Tensor:
@@ -96,12 +102,42 @@ def encode_chunk(encoder: Any, chunk: PackedChunk, device: torch.device) -> Tens
 def run_step(
     engine: Any, inputs: StepInputs, settings: Settings, ranks: Ranks, watch: Watch | None = None
 ) -> StepResult:
+    """Forward and backward of an embedder's global step, as `run_passes`."""
+
+    def share_of_loss(all_SD: Tensor) -> tuple[Tensor, Tensor | None]:
+        query_BD, passage_PD = all_SD[inputs.rows], all_SD[inputs.plan.num_queries :]
+        # Embeddings stay fp32: the loss is a millionth of a step's arithmetic, and bf16 costs 0.3 % of the gradient.
+        share = contrastive_loss(query_BD, passage_PD, inputs.targets, settings.loss, settings.model.embed_kernels)
+        if not settings.loss.filters_negatives:
+            return share, None
+        return share, count_filtered(query_BD, passage_PD, inputs.targets, settings.loss)
+
+    def forward(chunk: PackedChunk) -> Tensor:
+        return encode_chunk(engine, chunk, ranks.device)
+
+    return run_passes(engine, inputs, forward, share_of_loss, settings.run, ranks, watch)
+
+
+def run_passes(
+    engine: Any,
+    inputs: StepInputs,
+    forward: Callable[[Any], Tensor],
+    share_of_loss: Callable[[Tensor], tuple[Tensor, Tensor | None]],
+    run: RunSettings,
+    ranks: Ranks,
+    watch: Watch | None = None,
+) -> StepResult:
     """Forward and backward of one global step: afterwards the engine holds the gradient and may step.
 
     Before every chunk the ranks pass a boundary of the watch, if there is one, where a stop can be asked for.
 
     Dropout differs between ranks, chunks and steps and is a function of (seed, step, rank, chunk) alone, so a step
     that is replayed after a restart makes the same draws.
+
+    Args:
+        forward: a chunk -> a row for each of its sequences: embeddings or scores.
+        share_of_loss: the rows of all sequences of the step -> this rank's share of the loss (shares add up), and how
+            many of its candidates were filtered (None: the filter is off).
     """
     plan, num_encoded, local_is_finite = inputs.plan, 0, torch.tensor(True)
     num_filtered = torch.zeros((), dtype=torch.int64, device=ranks.device)
@@ -113,7 +149,7 @@ def run_step(
             place = f"forward pass {num_encoded + 1} over {inputs.num_chunks} chunks"
             pass_boundary(watch, f"step {plan.step}, {place}")
         num_encoded += 1
-        return encode_chunk(engine, chunk, ranks.device)
+        return forward(chunk)
 
     def embedding_gradients(cached: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
         real = [e for e, chunk in zip(cached, inputs.chunks, strict=True) if chunk.sequence_S[0] >= 0]
@@ -122,11 +158,8 @@ def run_step(
         local_SD = torch.cat(real) if real else cached[0][:0]
         local_is_finite = local_SD.isfinite().all()
         all_SD = gather_embeddings(local_SD, inputs.sequences_of_rank, ranks).requires_grad_()
-        query_BD, passage_PD = all_SD[inputs.rows], all_SD[plan.num_queries :]
-        # Embeddings stay fp32: the loss is a millionth of a step's arithmetic, and bf16 costs 0.3 % of the gradient.
-        share = contrastive_loss(query_BD, passage_PD, inputs.targets, settings.loss, settings.model.embed_kernels)
-        if settings.loss.filters_negatives:
-            mine = count_filtered(query_BD, passage_PD, inputs.targets, settings.loss)
+        share, mine = share_of_loss(all_SD)
+        if mine is not None:
             num_filtered.copy_(sum_over_ranks(mine, ranks))
         share.backward()
         assert all_SD.grad is not None
@@ -142,15 +175,15 @@ def run_step(
         moments.append(moment(ranks.device))
         return total, gradients
 
-    assert settings.run.keep_graphs == 1 or engine.zero_optimization_stage() < 3, "require_exact comes first"
+    assert run.keep_graphs == 1 or engine.zero_optimization_stage() < 3, "require_exact comes first"
     with one_reduction(engine, ranks, watch) as backward:
         result = two_pass_step(
             inputs.chunks,
-            [chunk_seed(settings.run.seed, plan.step, ranks.rank, i) for i in range(len(inputs.chunks))],
+            [chunk_seed(run.seed, plan.step, ranks.rank, i) for i in range(len(inputs.chunks))],
             encode,
             embedding_gradients,
             backward,
-            settings.run.keep_graphs,
+            run.keep_graphs,
         )
         moments.append(moment(ranks.device))
         norm = torch.nn.utils.get_total_norm([p.grad for p in engine.parameters() if p.grad is not None])
@@ -180,11 +213,18 @@ def chunk_seed(seed: int, step: int, rank: int, chunk: int) -> int:
     return int(np.random.SeedSequence((seed, step, rank, chunk)).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
-def make_optimizer_state(engine: Any, ranks: Ranks) -> None:
-    """One optimizer step that changes nothing to keep: it makes the moments exist, so that they can be set."""
-    one_token = np.zeros(1, dtype=np.int64)
-    dummy = PackedChunk(one_token, one_token, np.array([0, 1], dtype=np.int32), one_token - 1, 1)
+def make_optimizer_state(engine: Any, forward: Callable[[], Tensor], ranks: Ranks) -> None:
+    """One optimizer step that changes nothing to keep: it makes the moments exist, so that they can be set.
+
+    Args:
+        forward: one forward pass over a chunk of `pack_chunk` without sequences.
+    """
     with one_reduction(engine, ranks) as backward:
-        embeddings_SD = encode_chunk(engine, dummy, ranks.device)
-        backward(embeddings_SD, torch.zeros_like(embeddings_SD), True)
+        rows_SD = forward()
+        backward(rows_SD, torch.zeros_like(rows_SD), True)
     take_step(engine, 0.0)
+
+
+def no_sequences() -> PackedChunk:
+    """The chunk of one dummy token."""
+    return pack_chunk(np.zeros(0, dtype=np.int64), [])

@@ -24,7 +24,16 @@ from pipeline.runtime.engine import discard_gradients, read_state, take_step, wr
 from pipeline.runtime.guards import is_spike, too_late
 from pipeline.runtime.ranks import by_first, together
 from pipeline.runtime.runlog import append_metrics, open_tracker, start_metrics, step_line, step_metrics
-from pipeline.runtime.step import StepInputs, StepResult, make_optimizer_state, moment, prepare_step, run_step
+from pipeline.runtime.step import (
+    StepInputs,
+    StepResult,
+    encode_chunk,
+    make_optimizer_state,
+    moment,
+    no_sequences,
+    prepare_step,
+    run_step,
+)
 from pipeline.runtime.watch import STOPPED, StopRequested, mark
 from pipeline.settings import OptimSettings, dump_settings
 from pipeline.training.evaluating import evaluate, is_due, must_make_up
@@ -44,7 +53,7 @@ def resume(run: Run) -> TrainState:
     state = TrainState(seed=run.settings.run.seed)
     if checkpoint is not None:
         state, trainable = together(lambda: load_checkpoint(checkpoint), ranks)
-        make_optimizer_state(run.engine, ranks)
+        make_optimizer_state(run.engine, lambda: encode_chunk(run.engine, no_sequences(), ranks.device), ranks)
         write_state(run.engine, trainable, state.updates, ranks)
         log.info("resumed from %s: %d steps are done", checkpoint, state.step)
 
