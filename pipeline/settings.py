@@ -24,7 +24,7 @@ from typing import Any, Literal, get_args, get_origin
 import yaml
 
 from pipeline.datatypes import TASK_TYPES
-from pipeline.prompts import get_template
+from pipeline.prompts import BGE_RERANKER, get_template
 
 HUB_PREFIX = "hf://"  # of a dataset's path
 
@@ -111,6 +111,7 @@ class DatasetSettings:
     instruction: str = ""  # for rows without `prompt`
     in_batch_negatives: bool | None = None  # None: by type (only normal and only_1neg use them)
     group_size: int | None = None  # positive + negatives; None: batch.group_size, or 2 for only_1neg
+    relation: str = ""  # what a reranker is asked of its pairs (pipeline/prompts.py); empty: by type
 
 
 @dataclass(frozen=True)
@@ -430,6 +431,8 @@ def _validate(s: Settings) -> None:
             raise ValueError(f"data.datasets: the name {d.name!r} stands twice; give each dataset its own")
         if d.group_size is not None and d.group_size < 1:
             raise ValueError(f"data.datasets[{i}].group_size={d.group_size} must be at least 1")
+        if d.relation:
+            BGE_RERANKER.prompt(d.relation)
         _validate_source(d, f"data.datasets[{i}]")
 
 
@@ -514,6 +517,7 @@ def _require_positive(s: Settings) -> None:
         "model.lora.alpha": s.model.lora.alpha,
         "preprocess.max_query_tokens": s.preprocess.max_query_tokens,
         "preprocess.max_passage_tokens": s.preprocess.max_passage_tokens,
+        "preprocess.max_pair_tokens": s.preprocess.max_pair_tokens,
         "preprocess.max_example_query_tokens": s.preprocess.max_example_query_tokens,
         "preprocess.max_example_passage_tokens": s.preprocess.max_example_passage_tokens,
     }

@@ -43,7 +43,7 @@ class LightweightReranker:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.description, self.tokenizer = read_reranker(folder)
         self.model = load_reranker_weights(folder, self.description, self.device)
-        context = getattr(self.model.decoder.config, "max_position_embeddings", None)
+        context = self.model.context
         if context is not None and context < self.description.max_pair_tokens:
             raise ValueError(
                 f"{folder}: max_pair_tokens={self.description.max_pair_tokens}, but its decoder reads {context} tokens "

@@ -60,6 +60,7 @@ class Reranker(nn.Module):
             )
         self.decoder = decoder
         self.heads = ExitHeads(weight_HD, first_exit)
+        self.context: int | None = getattr(base.config, "max_position_embeddings", None)  # tokens that it reads
         self.softcap: float | None = getattr(base.config, "final_logit_softcapping", None)
         follow_routes(base.layers)
 
@@ -147,7 +148,7 @@ def _require_exit(name: str, layer: int, lowest: int, depth: int) -> None:
 def load_reranker(
     model: ModelSettings,
     yes_id: int,
-    first_exit: int = FIRST_EXIT,
+    first_exit: int | None = None,
     device_type: str = "cpu",
     gathered: Gathered = lambda _: nullcontext(),
 ) -> Reranker:
@@ -155,6 +156,7 @@ def load_reranker(
 
     Args:
         yes_id: of `yes_token`.
+        first_exit: None: as deep as the paper's is in its model.
         device_type, gathered: as of `load_decoder`.
 
     Raises:
@@ -164,6 +166,7 @@ def load_reranker(
         raise ValueError(f"model.attention={model.attention}: a reranker predicts its next token; set it to causal")
     decoder: Any = load_decoder(model, (), (), device_type, gathered)
     depth = decoder.config.num_hidden_layers
+    first_exit = scale_layers(depth)[0] if first_exit is None else first_exit
     _require_exit("first_exit", first_exit, 1, depth)
     # From the files, not from the model: of the LM head, which can be as large as the table, one row is wanted.
     tied = decoder.config.tie_word_embeddings

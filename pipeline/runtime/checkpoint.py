@@ -164,8 +164,8 @@ def require_same_run(checkpoint: Path, settings: Settings, inputs: dict[str, str
     """ValueError if a checkpoint belongs to other data, another base model or other settings."""
     record = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
     remedy = "use another run.output_dir to start a new run"
-    for name, now in inputs.items():
-        before = record["inputs"].get(name, "nothing")
+    for name in sorted(inputs | record["inputs"]):
+        before, now = record["inputs"].get(name, "nothing"), inputs.get(name, "nothing")
         if before != now:
             raise ValueError(
                 f"{checkpoint} was trained on another {name} (contents {before[:12]}, now {now[:12]}); restore what "

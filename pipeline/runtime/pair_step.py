@@ -6,7 +6,7 @@ loss of its rows (step.py).
 T packed tokens, S pairs, C pairs of the step (the plan's candidates), E exits.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -27,19 +27,9 @@ from pipeline.runtime.watch import Watch
 from pipeline.settings import Settings
 
 
-@dataclass(frozen=True)
-class PairInputs(StepInputs):
-    """What one rank needs for one step of a reranker; its chunks are `PairChunk`s."""
-
-    compress_layers: tuple[int, ...]
-    compress_ratio: int
-    num_queries_cut: int  # of the step's pairs
-    num_passages_cut: int
-
-
 def prepare_pair_step(
     store: TokenStore, pt: PairTokenizer, plan: BatchPlan, relation: str, depth: int, settings: Settings, ranks: Ranks
-) -> PairInputs:
+) -> StepInputs:
     """Compose the plan's pairs, deal them to the ranks by tokens, pack this rank's chunks, cut out its rows.
 
     Args:
@@ -52,7 +42,7 @@ def prepare_pair_step(
     chunks = [pack_pairs(sequence_S, pairs) for sequence_S in dealt[ranks.rank]]
     rows = rows_of_rank(plan, ranks)
     layers, ratio = draw_width(settings.run.seed, plan.step, scale_layers(depth)[1])
-    return PairInputs(
+    return StepInputs(
         plan=plan,
         chunks=chunks,
         sequences_of_rank=[np.concatenate(chunks_of_rank) for chunks_of_rank in dealt],
@@ -77,7 +67,7 @@ def score_chunk(engine: Any, chunk: PairChunk, layers: tuple[int, ...], ratio: i
 
 
 def run_pair_step(
-    engine: Any, inputs: PairInputs, settings: Settings, ranks: Ranks, watch: Watch | None = None
+    engine: Any, inputs: StepInputs, settings: Settings, ranks: Ranks, watch: Watch | None = None
 ) -> StepResult:
     """Forward and backward of a reranker's global step, as `run_passes`."""
     first, last = (int(inputs.plan.group_offsets[b]) for b in (inputs.rows.start, inputs.rows.stop))

@@ -57,6 +57,10 @@ class StepMetrics:
     negatives_repeated: int  # to fill groups, where the recipe asks for it
     negatives_filtered: int  # suspected false negatives that the loss left out, copies counted, all ranks together
     negatives_shown: int  # in-batch negatives left out because their query's examples show them
+    pair_queries_cut: int  # of a reranker's pairs, as the next three: those with a query, or a passage, that was cut
+    pair_passages_cut: int
+    merge_layers: tuple[int, ...]  # behind which passages were merged
+    merge_ratio: int  # passage tokens that became one there
     rows_revisited: int
     clipped: bool
     skipped: bool  # loss or gradient was not finite: the weights did not move
@@ -106,6 +110,10 @@ def step_metrics(
         negatives_repeated=plan.num_candidates_repeated,
         negatives_filtered=result.num_filtered,
         negatives_shown=inputs.num_negatives_shown,
+        pair_queries_cut=inputs.num_queries_cut,
+        pair_passages_cut=inputs.num_passages_cut,
+        merge_layers=inputs.compress_layers,
+        merge_ratio=inputs.compress_ratio,
         rows_revisited=plan.num_rows_revisited,
         clipped=norm > clip_norm,
         skipped=math.isnan(norm),
@@ -144,12 +152,14 @@ def step_line(m: StepMetrics, seconds_left: float) -> str:
     if m.hfu is not None:
         work = f"{m.tflops:.0f} TFLOP/s, HFU {m.hfu:.0%}, MFU {m.mfu:.0%} | "
     filtered = f"{m.negatives_filtered:,} filtered | " if m.negatives_filtered else ""
+    cut = f"{m.pair_passages_cut:,} pairs cut | " if m.pair_passages_cut else ""
+    merged = f"{m.merge_ratio} to 1 behind {', '.join(map(str, m.merge_layers))} | " if m.merge_layers else ""
     return (
         f"step {m.step + 1}/{m.total_steps} | {m.dataset} | loss {m.loss:.4f} | grad {m.grad_norm:.2f}"
         f"{' clipped' if m.clipped else ''}{' NOT TAKEN' if m.skipped else ''} | lr {m.lr:.2e} | "
         f"{m.queries_per_second:.1f} q/s | {m.tokens_per_second:,.0f} tok/s | {work}"
         f"mem {m.memory_gib:.2f} GiB | {m.chunks} chunks, {m.passes} passes | "
-        f"{m.examples_per_query:.1f} examples/q | {filtered}{m.seconds:.2f} s | "
+        f"{m.examples_per_query:.1f} examples/q | {filtered}{cut}{merged}{m.seconds:.2f} s | "
         f"eta {minutes // 60}h{minutes % 60:02d}m{seconds:02d}s"
     )
 

@@ -43,6 +43,11 @@ class StepInputs:
     num_squares: int  # sum of squared lengths
     num_chunks: int
     num_negatives_shown: int
+    # Of a reranker's step, whose sequences are pairs: where passages are merged, and how many of the pairs were cut.
+    compress_layers: tuple[int, ...] = ()
+    compress_ratio: int = 1
+    num_queries_cut: int = 0
+    num_passages_cut: int = 0
 
 
 @dataclass(frozen=True)

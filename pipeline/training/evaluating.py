@@ -15,7 +15,7 @@ from pipeline.runtime.checkpoint import TrainState
 from pipeline.runtime.engine import read_state
 from pipeline.runtime.ranks import by_first
 from pipeline.runtime.watch import mark, pass_boundary
-from pipeline.training.run import Run
+from pipeline.training.run import EmbedderRun, Run
 
 log = logging.getLogger("train")
 
@@ -31,13 +31,13 @@ def must_make_up(run: Run, step: int) -> bool:
     return is_due(run, step) and not by_first(lambda: is_scored(run.out, step), run.ranks)
 
 
-def embed_gate_texts(run: Run) -> np.ndarray:
+def embed_gate_texts(run: EmbedderRun) -> np.ndarray:
     """What the engine makes of the export gate's texts, on every rank: the truth that an export is compared with."""
     run.engine.eval()
     return gate_embeddings(_embedder(run, lambda: mark(run.watch, "the texts of the export gate")))
 
 
-def _embedder(run: Run, before_pass: Callable[[], None]) -> FewShotEmbedder:
+def _embedder(run: EmbedderRun, before_pass: Callable[[], None]) -> FewShotEmbedder:
     """The engine as an embedder, all ranks together; a new one for each state of the weights."""
     return FewShotEmbedder(
         encoder=run.engine,
@@ -51,7 +51,7 @@ def _embedder(run: Run, before_pass: Callable[[], None]) -> FewShotEmbedder:
     )
 
 
-def evaluate(run: Run, state: TrainState) -> float:
+def evaluate(run: EmbedderRun, state: TrainState) -> float:
     """Score the model as it is on the recipe's tasks, all ranks together; the best one stands in best_model/. Returns
     the seconds.
 

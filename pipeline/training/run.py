@@ -19,6 +19,7 @@ from pipeline.files import file_sha256, lease_patience, locked
 from pipeline.model.base import fingerprint_base
 from pipeline.model.encoder import MARKERS_FILE, Encoder, choose_trained, load_encoder, require_rows
 from pipeline.model.loss import require_dims
+from pipeline.model.reranker import Reranker
 from pipeline.model.shapes import KNOWN, ModelShape, read_shape
 from pipeline.prompts import get_template
 from pipeline.runtime.checkpoint import find_checkpoint, require_same_run
@@ -34,46 +35,86 @@ log = logging.getLogger("train")
 
 
 @dataclass(frozen=True)
-class Run:
-    """What stays as it is from the first step to the last."""
+class RunInputs:
+    """What a run reads, found fit before the model is loaded."""
 
     settings: Settings
     out: Path
     ranks: Ranks
     watch: Watch
     store: TokenStore
+    tokenizer: PromptTokenizer  # the store's
     fingerprints: dict[str, str]  # setting that names something the run reads -> fingerprint of that
     checkpoint: Path | None  # to go on from
     schedule: Schedule
-    tokenizer: PromptTokenizer
-    tasks: tuple[LocalTask, ...]  # to evaluate on
-    encoder: Encoder
-    engine: Any
     total_steps: int
+
+
+@dataclass(frozen=True)
+class Run(RunInputs):
+    """What stays as it is from the first step to the last, whatever is trained."""
+
+    engine: Any
     shape: ModelShape | None  # None: its arithmetic cannot be counted
 
 
-def set_up(settings: Settings, ranks: Ranks, watch: Watch, held: contextlib.ExitStack) -> Run:
+@dataclass(frozen=True)
+class EmbedderRun(Run):
+    """The run of an embedder."""
+
+    tasks: tuple[LocalTask, ...]  # to evaluate on
+    encoder: Encoder
+
+
+def set_up(settings: Settings, ranks: Ranks, watch: Watch, held: contextlib.ExitStack) -> EmbedderRun:
     """Data, model and engine of one rank; ValueErrors for what a user can mend. `held` keeps the run folder's lock."""
+    require_alike_start(settings, ranks)
+    tasks = together(lambda: load_tasks(settings.evaluation), ranks)
+    inputs = read_inputs(settings, ranks, watch, held, {})
+    tokenizer = inputs.tokenizer
+
+    # Model: the frozen base, what trains (the same on every rank), and the engine around them.
+    mark(watch, "the loading of the model")
+    markers = (tokenizer.tokens.marker_ids, tokenizer.tokens.marker_subtokens)
+    with sharded_loading(settings.run.deepspeed, settings.optim, settings.model.dtype):
+        encoder = load_encoder(settings.model, *markers, ranks.device.type, gathered)
+    require_rows(encoder, tokenizer.largest_id)
+    require_dims(settings.loss, encoder.width)
+    engine = start_engine(encoder, settings, ranks)
+    return EmbedderRun(
+        **vars(inputs), engine=engine, shape=countable_shape(settings.model), tasks=tasks, encoder=encoder
+    )
+
+
+def require_alike_start(settings: Settings, ranks: Ranks) -> None:
+    """What is wrong should not be found after the model is loaded, nor by one rank alone."""
     out = Path(settings.run.output_dir)
     if out.exists() and not out.is_dir():
         raise ValueError(f"run.output_dir={out} is a file; name a folder")
-    # What is wrong should not be found after the model is loaded, nor by one rank alone.
     require_alike(code_versions() | {f"setting {k}": repr(v) for k, v in flatten(settings).items()}, ranks)
     sharding = together(lambda: json.dumps(read_deepspeed_json(settings.run.deepspeed), sort_keys=True), ranks)
     require_alike({"the DeepSpeed JSON": sharding}, ranks)
     require_exact(settings.run.deepspeed, settings.run.keep_graphs)
     together(lambda: require_tracker(settings.run.tracker), ranks)
     together(lambda: require_base(settings.model.name), ranks)
-    tasks = together(lambda: load_tasks(settings.evaluation), ranks)
 
-    # Data: refuse a store that this recipe did not make, or that is damaged (each rank reads its share of the shards).
+
+def read_inputs(
+    settings: Settings, ranks: Ranks, watch: Watch, held: contextlib.ExitStack, own: dict[str, str]
+) -> RunInputs:
+    """Store, plans and checkpoint; refuses a store that this recipe did not make, or that is damaged.
+
+    Args:
+        own: what else a checkpoint must have been trained on: name -> fingerprint.
+    """
+    out = Path(settings.run.output_dir)
     mark(watch, "the check of the token store")
     store = together(lambda: open_store(settings.data.store, verify=False), ranks)
+    # Each rank reads its share of the shards.
     together(lambda: verify_shards(settings.data.store, ranks.rank, ranks.world_size), ranks)
     template = get_template(settings.preprocess.template)
     tokenizer = together(lambda: load_tokenizer(settings.tokenizer_name, template), ranks)
-    fingerprints = {"data.store": file_sha256(Path(settings.data.store) / "manifest.json")}
+    fingerprints = own | {"data.store": file_sha256(Path(settings.data.store) / "manifest.json")}
     fingerprints["model.name"] = together(lambda: fingerprint_base(settings.model.name), ranks)
     require_alike({"token store": fingerprints["data.store"], "tokenizer": tokenizer.fingerprint}, ranks)
     require_alike({"base model": fingerprints["model.name"]}, ranks)
@@ -94,35 +135,17 @@ def set_up(settings: Settings, ranks: Ranks, watch: Watch, held: contextlib.Exit
         together(lambda: require_same_run(checkpoint, settings, fingerprints), ranks)
 
     warn_of_odd_sizes(settings, schedule, total_steps)
+    return RunInputs(settings, out, ranks, watch, store, tokenizer, fingerprints, checkpoint, schedule, total_steps)
 
-    # Model: the frozen base, what trains (the same on every rank), and the engine around them.
-    mark(watch, "the loading of the model")
-    markers = (tokenizer.tokens.marker_ids, tokenizer.tokens.marker_subtokens)
-    with sharded_loading(settings.run.deepspeed, settings.optim, settings.model.dtype):
-        encoder = load_encoder(settings.model, *markers, ranks.device.type, gathered)
-    require_rows(encoder, tokenizer.largest_id)
-    require_dims(settings.loss, encoder.width)
+
+def start_engine(model: Encoder | Reranker, settings: Settings, ranks: Ranks) -> Any:
+    """The engine around a loaded model, once what trains is chosen: the same on every rank."""
     torch.manual_seed(settings.run.seed)
-    together(lambda: choose_trained(encoder, settings.model), ranks)
-    encoder.train()
-    engine = build_engine(encoder, settings.optim, settings.model.dtype, settings.run.deepspeed, ranks)
-    log.info("%s, ZeRO-%d, %d ranks", describe(encoder), engine.zero_optimization_stage(), ranks.world_size)
-    return Run(
-        settings=settings,
-        out=out,
-        ranks=ranks,
-        watch=watch,
-        store=store,
-        fingerprints=fingerprints,
-        checkpoint=checkpoint,
-        schedule=schedule,
-        tokenizer=tokenizer,
-        tasks=tasks,
-        encoder=encoder,
-        engine=engine,
-        total_steps=total_steps,
-        shape=countable_shape(settings.model),
-    )
+    together(lambda: choose_trained(model, settings.model), ranks)
+    model.train()
+    engine = build_engine(model, settings.optim, settings.model.dtype, settings.run.deepspeed, ranks)
+    log.info("%s, ZeRO-%d, %d ranks", describe(model), engine.zero_optimization_stage(), ranks.world_size)
+    return engine
 
 
 def countable_shape(model: ModelSettings) -> ModelShape | None:

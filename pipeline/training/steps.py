@@ -12,9 +12,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from pipeline.data.composing import Limits
+from pipeline.data.pair_steps import pack_pairs
 from pipeline.data.sampling import plan_step
 from pipeline.files import write_text
 from pipeline.model.flop import StepFlop, Work, executed_flop, model_flop
@@ -22,6 +24,7 @@ from pipeline.runtime.attempt import write_end, write_ready
 from pipeline.runtime.checkpoint import TrainState, load_checkpoint, save_checkpoint
 from pipeline.runtime.engine import discard_gradients, read_state, take_step, write_state
 from pipeline.runtime.guards import is_spike, too_late
+from pipeline.runtime.pair_step import prepare_pair_step, run_pair_step, score_chunk
 from pipeline.runtime.ranks import by_first, together
 from pipeline.runtime.runlog import append_metrics, open_tracker, start_metrics, step_line, step_metrics
 from pipeline.runtime.step import (
@@ -37,7 +40,8 @@ from pipeline.runtime.step import (
 from pipeline.runtime.watch import STOPPED, StopRequested, mark
 from pipeline.settings import OptimSettings, dump_settings
 from pipeline.training.evaluating import evaluate, is_due, must_make_up
-from pipeline.training.run import Run
+from pipeline.training.reranking import RerankerRun
+from pipeline.training.run import EmbedderRun, Run
 
 log = logging.getLogger("train")
 
@@ -53,7 +57,7 @@ def resume(run: Run) -> TrainState:
     state = TrainState(seed=run.settings.run.seed)
     if checkpoint is not None:
         state, trainable = together(lambda: load_checkpoint(checkpoint), ranks)
-        make_optimizer_state(run.engine, lambda: encode_chunk(run.engine, no_sequences(), ranks.device), ranks)
+        make_optimizer_state(run.engine, functools.partial(forward_dummy, run), ranks)
         write_state(run.engine, trainable, state.updates, ranks)
         log.info("resumed from %s: %d steps are done", checkpoint, state.step)
 
@@ -66,25 +70,38 @@ def resume(run: Run) -> TrainState:
     return state
 
 
+def forward_dummy(run: Run) -> Tensor:
+    """A forward pass over a chunk that holds nothing of a step."""
+    if isinstance(run, RerankerRun):
+        return score_chunk(run.engine, pack_pairs(np.zeros(0, dtype=np.int64), []), (), 1, run.ranks.device)
+    return encode_chunk(run.engine, no_sequences(), run.ranks.device)
+
+
+def prepare(run: Run, step: int) -> StepInputs:
+    """What this rank needs for a step."""
+    settings, plan = run.settings, plan_step(run.store, run.schedule, step)
+    if isinstance(run, RerankerRun):
+        relation, depth = run.relations[plan.dataset], run.reranker.depth
+        return prepare_pair_step(run.store, run.pairs, plan, relation, depth, settings, run.ranks)
+    limits = Limits.from_settings(settings.preprocess)
+    return prepare_step(run.store, limits, plan, run.ranks, settings.run.chunk_tokens, settings.loss.mask_shown)
+
+
 def train_steps(run: Run, state: TrainState, loader: Executor) -> TrainState:
     """All steps from `state` to the last; raises what `train` raises."""
     settings, ranks, out = run.settings, run.ranks, run.out
-    limits = Limits.from_settings(settings.preprocess)
+    run_one = run_pair_step if isinstance(run, RerankerRun) else run_step
     track = open_tracker(settings.run.tracker if ranks.is_first else "none", out, dataclasses.asdict(settings))
     saved_step, bad_in_a_row = state.step, 0
     save_seconds = evaluate_seconds = 0.0
     recent: list[float] = []
     losses: dict[int, list[float]] = {}  # the last ones of each dataset
 
-    def load(step: int) -> StepInputs:
-        plan = plan_step(run.store, run.schedule, step)
-        return prepare_step(run.store, limits, plan, ranks, settings.run.chunk_tokens, settings.loss.mask_shown)
-
     # An evaluation that a kill or a stop cut off is made up.
     if must_make_up(run, state.step):
         evaluate_seconds = stoppable_evaluation(run, state, saved_step)
     if state.step < run.total_steps:
-        coming = loader.submit(load, state.step)
+        coming = loader.submit(prepare, run, state.step)
     while state.step < run.total_steps:
         started = time.perf_counter()
         coming_up = save_seconds + (evaluate_seconds if is_due(run, state.step + 1) else 0)
@@ -93,12 +110,12 @@ def train_steps(run: Run, state: TrainState, loader: Executor) -> TrainState:
         inputs = coming.result()
         plan, seconds = inputs.plan, {"data": time.perf_counter() - started}
         if state.step + 1 < run.total_steps:
-            coming = loader.submit(load, state.step + 1)
+            coming = loader.submit(prepare, run, state.step + 1)
         lr = learning_rate(settings.optim, state.step, run.total_steps)
         profiled = state.step in settings.run.profile_steps
         try:
             with start_profile() if profiled and ranks.is_first else contextlib.nullcontext() as records:
-                result = run_step(run.engine, inputs, settings, ranks, run.watch)
+                result = run_one(run.engine, inputs, settings, ranks, run.watch)
         except StopRequested as stop:
             # Weights do not change inside a step: this one is done again.
             raise stopped(run, state, saved_step, stop) from None
@@ -168,6 +185,7 @@ def stopped(run: Run, state: TrainState, saved_step: int, stop: StopRequested) -
 
 def stoppable_evaluation(run: Run, state: TrainState, saved_step: int) -> float:
     """`evaluate`, given up where a stop is asked for; the run that goes on makes it up."""
+    assert isinstance(run, EmbedderRun), "a reranker's recipe names no tasks"
     try:
         return evaluate(run, state)
     except StopRequested as stop:
@@ -209,6 +227,15 @@ def save(run: Run, state: TrainState) -> float:
     work = functools.partial(save_checkpoint, folder, state, trainable, run.settings, run.fingerprints, keep_last)
     log.info("saved %s", by_first(work, run.ranks))
     return time.perf_counter() - started
+
+
+def finish(run: Run, state: TrainState) -> None:
+    """Say that the run is done, to its job and to its reader."""
+    write_end(run.ranks, 0, state.step, "done")
+    if run.ranks.is_first:
+        tokens, without = f"{state.tokens_seen:,}", state.step - state.updates
+        log.info("done: %d steps (%d without an update), %s tokens", state.step, without, tokens)
+        log.info("model in %s", run.out / "model")
 
 
 def learning_rate(optim: OptimSettings, step: int, total_steps: int) -> float:
