@@ -35,5 +35,5 @@ if [ -n "$BGE_ICL_NODE_STORE" ]; then
     come_back_unless_stuck "the token store could not be copied to $BGE_ICL_NODE_STORE on every node"
   set -- "$@" "data.store=$(cat "$ATTEMPT/node_store")"
 fi
-run_ranks python pipeline/train.py --config "$@"
+run_ranks python "${BGE_ICL_ENTRY:-pipeline/train.py}" --config "$@"
 decide
