@@ -161,7 +161,7 @@ def test_relations_defaults_and_no_pairs(own):
 
 
 def test_what_is_cut_is_counted(own, caplog):
-    caplog.set_level(logging.INFO)
+    caplog.set_level(logging.INFO, logger="pipeline.inference")
     long = "copper garden " * 100
     LightweightReranker(own[0], show_progress=False).score(
         [*PAIRS, ("amber", long), ("river", long), (long, "stone"), (long, long)]
