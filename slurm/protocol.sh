@@ -133,7 +133,7 @@ decide() {
   local code=- steps=- reason="srun ended with $STEP_CODE, and the first rank said nothing"
   if [ -s "$ATTEMPT/end" ]; then read -r code steps reason <"$ATTEMPT/end"; fi
   show_errors "$code"
-  if [ $STOP = 1 ]; then reason="told to stop before its time limit: $reason"; fi
+  if [ $STOP = 1 ] && [ $TERMED = 0 ]; then reason="told to stop before its time limit: $reason"; fi
   case $code in
     0) finish 0 "done: $steps steps" ;;
     2 | 77) finish "$code" "failed: $reason" ;;

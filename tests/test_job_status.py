@@ -17,7 +17,16 @@ from tiny_run import make_tiny_run
 
 from pipeline.cluster.job_states import QueuedJob, ask_slurm, read_scontrol, read_squeue
 from pipeline.cluster.rank_logs import Places, first_errors, logs_of, merged_lines, new_lines, rest_of
-from pipeline.cluster.run_folder import Attempt, Checkpoint, Progress, read_attempts, read_progress, submitted_jobs
+from pipeline.cluster.run_folder import (
+    Attempt,
+    Checkpoint,
+    Progress,
+    holds_embedder,
+    is_trained,
+    read_attempts,
+    read_progress,
+    submitted_jobs,
+)
 from pipeline.cluster.status import describe, find_state, read_status, spoken
 from pipeline.job_status import follow, main
 
@@ -240,6 +249,14 @@ def test_a_trained_run_whose_evaluation_failed_is_not_done() -> None:
     again = attempt("6_0.1", "evaluate", "done")
     for attempts, expected in (((trained, failed, done), "ended"), ((trained, failed, done, again), "done")):
         assert find_state(progress_at(100), attempts, [], 1.0, True) == expected
+
+
+@pytest.mark.parametrize("name", ["embedder.json", "reranker.json"])
+def test_a_finished_model_of_either_kind(tmp_path: Path, name: str) -> None:
+    (tmp_path / "model").mkdir()
+    assert not is_trained(tmp_path)
+    (tmp_path / "model" / name).touch()
+    assert is_trained(tmp_path) and holds_embedder(tmp_path) == (name == "embedder.json")
 
 
 # Two lines of SLURM 22.05, as it writes them.

@@ -184,6 +184,18 @@ def test_a_run_ends_by_what_it_wrote(job: Path, work: str, code: int, verdict: s
     assert requeues(job) == verdict.startswith("requeued")
 
 
+def test_a_run_that_is_told_of_its_time_limit_says_so(job: Path) -> None:
+    for restart, number, told in ((0, signal.SIGUSR1, True), (1, signal.SIGTERM, False)):
+        work = 'trap "" TERM; echo >"$BGE_ICL_ATTEMPT/ready"; sleep 3; echo "75 3 SIGUSR1" >"$BGE_ICL_ATTEMPT/end"'
+        process = start(job, RANKS, f"trap : USR1; {work}", restart)
+        wait_for(job / f"attempts/7.{restart}/ready")
+        process.send_signal(number)
+        process.communicate(timeout=30)
+        verdict = (job / f"attempts/7.{restart}/verdict").read_text()
+        assert ("told to stop before its time limit: SIGUSR1" in verdict) == told, verdict
+        assert verdict.startswith("requeued" if told else "stopped: by SLURM or its user (SIGUSR1")
+
+
 def test_starts_that_gain_nothing_end(job: Path) -> None:
     for restart, steps in enumerate((0, 1, 1)):
         (job / "checkpoints" / f"step-{steps:06d}").mkdir(parents=True, exist_ok=True)

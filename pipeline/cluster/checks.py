@@ -12,7 +12,7 @@ from pipeline.cluster.findings import NOTE, OK, UNCHECKED, Finding, tried
 from pipeline.cluster.folder_checks import check_disk, check_places, check_resume, check_run_folder
 from pipeline.cluster.options import require_one_line
 from pipeline.cluster.pace import has_config, require_lead, require_time
-from pipeline.cluster.run_folder import is_trained
+from pipeline.cluster.run_folder import holds_embedder
 from pipeline.cluster.wording import count, join_words
 from pipeline.data.finding import find_sources
 from pipeline.datatypes import RULES
@@ -135,7 +135,7 @@ def check_model(facts: Facts) -> list[Finding]:
 
 def check_tasks(facts: Facts) -> list[Finding]:
     """Evaluation tasks are folders with task.json; there is a model to score."""
-    if "train" not in facts.stages and not is_trained(facts.run):
+    if "train" not in facts.stages and not holds_embedder(facts.run):
         raise ValueError(f"{facts.run} holds no trained model, so there is nothing to evaluate; add train to --stages")
     found = []
     for task in facts.tasks:

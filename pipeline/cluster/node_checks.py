@@ -15,7 +15,7 @@ from pathlib import Path
 
 from pipeline.cluster.disk import checkpoint_bytes, disk_need
 from pipeline.cluster.pace import model_shape
-from pipeline.cluster.run_folder import is_trained
+from pipeline.cluster.run_folder import holds_embedder
 from pipeline.files import passing_errno
 from pipeline.settings import Settings
 
@@ -122,7 +122,7 @@ def check_base(settings: Settings, facts: dict[str, str]) -> None:
 
 def require_model(run: Path) -> None:
     """ValueError where a run has no trained model."""
-    if not is_trained(run):
+    if not holds_embedder(run):
         raise ValueError(f"{run} holds no trained model: model/embedder.json is missing")
 
 

@@ -147,6 +147,11 @@ def read_scores(path: Path) -> tuple[dict[str, float], int]:
 
 def is_trained(run: Path) -> bool:
     """Whether training has ended well: model/ is renamed to its name when all of it is on disk."""
+    return holds_embedder(run) or (run / "model" / "reranker.json").is_file()
+
+
+def holds_embedder(run: Path) -> bool:
+    """Whether there is a finished embedder, which tasks can be scored with."""
     return (run / "model" / "embedder.json").is_file()
 
 
