@@ -70,7 +70,7 @@ def load_retriever(name: str, template: str | None = None) -> "Model":
 
     Args:
         name: bm25; a run or an exported embedder; with its template a published embedder; else a model of
-            sentence-transformers, whose own prompts mteb applies.
+            sentence-transformers, run as `load_baseline` has it.
         template: prompt template of a published embedder.
 
     Raises:

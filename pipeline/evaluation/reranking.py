@@ -106,34 +106,14 @@ def rerank_job(
     for part in _parts(task):
         if not part.data_loaded:  # else mteb would load it anew for each reduction
             part.load_data()
-    value, seconds, found, notes = _retrieve(model, job, task, top)
+    before, seconds, found, notes = _retrieve(model, job, task, top)
+    shared = _describe(model, job, found) | {"top": top, "relation": relation, "device": _device(reranker)}
+    shared |= {"retriever_value": before, "retriever_seconds": seconds}
+    yield shared | {"setting": RETRIEVER, "value": before, "gain": 0.0, "pairs": 0, "seconds": seconds, "notes": notes}
     pairs = list(dict.fromkeys(pair for part in found.values() for pair in _pairs(part, top)))
-    num_queries = sum(len(part.queries) for part in found.values())
-    shared: Row = {
-        "task": job.task,
-        "kind": job.kind,
-        "metric": job.metric,
-        "data": job.data,
-        "retriever": model.label,
-        "retriever_fingerprint": model.fingerprint,
-        "retriever_examples": len(job.examples) if model.embedder else 0,
-        "retriever_value": value,
-        "retriever_seconds": seconds,
-        "top": top,
-        "relation": relation,
-        "queries": num_queries,
-        "queries_unmatched": sum(part.unmatched for part in found.values()),
-        "candidates_unranked": sum(part.unranked for part in found.values()),
-        "device": torch.cuda.get_device_name() if reranker.device.type == "cuda" else "cpu",
-        "versions": {name: version(name) for name in PACKAGES},
-        "date": time.strftime("%Y-%m-%d"),
-    }
-    yield shared | {"setting": RETRIEVER, "value": value, "gain": 0.0, "pairs": 0, "seconds": seconds, "notes": notes}
-    started = time.monotonic()
     with collect_notes() as cuts:
         composed = reranker.compose(pairs, relation)
     shared |= {
-        "compose_seconds": time.monotonic() - started,
         "pairs": len(pairs),
         "pairs_cut": sum(pair.query_was_cut or pair.passage_was_cut for pair in composed),
         "tokens_per_pair": sum(len(pair.ids) for pair in composed) / max(1, len(composed)),
@@ -142,25 +122,47 @@ def rerank_job(
     whole = reranker.count_flop(composed, reranker.check_reduction())
     for name, reduction in reductions.items():
         started = time.monotonic()
-        with collect_notes() as memory_notes:
+        with collect_notes() as notes:
             scores_N = reranker.score_composed(composed, reduction)
         seconds = time.monotonic() - started
         score_of = dict(zip(pairs, scores_N.tolist(), strict=True))
-        reranked = {key: reorder(part, score_of, top) for key, part in found.items()}
-        reached = score_mteb(_Ranked(reranked), task)[0]
+        ranked = _Ranked({key: reorder(part, score_of, top) for key, part in found.items()})
+        value = score_mteb(ranked, task)[0]
         flop = reranker.count_flop(composed, reduction)
         yield shared | {
             "setting": name,
             "exit_layer": reduction[0],
             "compress_layers": list(reduction[1]),
             "compress_ratio": reduction[2],
-            "value": reached,
-            "gain": reached - value,
-            "flop_per_query": flop / num_queries,
+            "value": value,
+            "gain": value - before,
+            "flop_per_query": flop / shared["queries"],
             "flop_saved": 1 - flop / whole if whole else 0.0,
             "seconds": seconds,
-            "notes": [*cuts, *memory_notes],
+            "notes": [*cuts, *notes],
         }
+
+
+def _describe(model: Model, job: Job, found: dict[Part, Found]) -> Row:
+    """What all records of a task have in common: task, retriever, versions."""
+    return {
+        "task": job.task,
+        "kind": job.kind,
+        "metric": job.metric,
+        "data": job.data,
+        "retriever": model.label,
+        "retriever_fingerprint": model.fingerprint,
+        "retriever_examples": len(job.examples) if model.embedder else 0,
+        "queries": sum(len(part.queries) for part in found.values()),
+        "queries_unmatched": sum(part.unmatched for part in found.values()),
+        "candidates_unranked": sum(part.unranked for part in found.values()),
+        "versions": {name: version(name) for name in PACKAGES},
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def _device(reranker: LightweightReranker) -> str:
+    return torch.cuda.get_device_name() if reranker.device.type == "cuda" else "cpu"
 
 
 def reorder(found: Found, score_of: dict[Pair, float], top: int) -> Order:
