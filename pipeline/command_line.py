@@ -21,6 +21,7 @@ COMMANDS = {
     "export": ("pipeline.export_model", "write a trained embedder for PEFT, transformers and sentence-transformers"),
     "encode": ("pipeline.encode_corpus", "embed a corpus of any size into one file"),
     "evaluate": ("pipeline.evaluate_embedder", "score a model zero-shot and few-shot"),
+    "rerank": ("pipeline.evaluate_reranker", "rerank what a retriever found, and score both"),
     "study": ("pipeline.study_examples", "measure what in-context examples do: number, content, labels, choice"),
 }
 

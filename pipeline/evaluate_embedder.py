@@ -158,6 +158,8 @@ def evaluate(args: argparse.Namespace, settings: Settings | None, names: Sequenc
     import datasets
     import transformers
 
+    from pipeline.evaluation.jobs import require_distinct_names
+
     folder = args.run or (Path(settings.run.output_dir) if settings else NO_RUN)
     path = args.scores or folder / "scores.json"
     read_scores(path)  # a damaged file is refused before the work, and not after it
@@ -231,14 +233,6 @@ def say_failed(task: str, error: Exception) -> str:
     if not isinstance(error, (ValueError, OSError)):
         traceback.print_exception(error)
     return task
-
-
-def require_distinct_names(jobs: Sequence["Job"]) -> None:
-    """ValueError where two tasks have one name, under which scores are kept."""
-    names = [job.task for job in jobs]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise ValueError(f"two tasks are named {', '.join(twice)}; give them names of their own in task.json")
 
 
 def make_job(args: argparse.Namespace, name: str, modes: Sequence[str]) -> "Job":

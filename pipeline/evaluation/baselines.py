@@ -12,11 +12,12 @@ from mteb.models import EncoderProtocol
 BM25 = "mteb/baseline-bm25s"
 
 
-def load_baseline(name: str) -> tuple[Any, str]:
+def load_baseline(name: str, option: str = "--baseline") -> tuple[Any, str]:
     """(model of mteb, fingerprint).
 
     Args:
         name: bm25, or the folder or hub name of a model of sentence-transformers.
+        option: that named it, for messages.
 
     Raises:
         ValueError: there is no such model, or the package that it needs is missing.
@@ -24,16 +25,16 @@ def load_baseline(name: str) -> tuple[Any, str]:
     if name == "bm25":
         for package in ("bm25s", "Stemmer"):
             if importlib.util.find_spec(package) is None:
-                raise ValueError(f"--baseline bm25 needs {package}; pip install bge-icl-train[eval]")
+                raise ValueError(f"{option} bm25 needs {package}; pip install bge-icl-train[eval]")
         return mteb.get_model(BM25), f"bm25s {version('bm25s')}, mteb {version('mteb')}"
     if importlib.util.find_spec("sentence_transformers") is None:
-        raise ValueError(f"--baseline {name} needs sentence-transformers; pip install bge-icl-train[mining]")
+        raise ValueError(f"{option} {name} needs sentence-transformers; pip install bge-icl-train[mining]")
     from sentence_transformers import SentenceTransformer
 
     try:
         model = SentenceTransformer(name)
     except (OSError, ValueError) as error:
-        raise ValueError(f"--baseline {name}: sentence-transformers cannot load it: {error}") from error
+        raise ValueError(f"{option} {name}: sentence-transformers cannot load it: {error}") from error
     return mteb.models.SentenceTransformerEncoderWrapper(model), _fingerprint(model)
 
 

@@ -111,6 +111,14 @@ def public_job(
     )
 
 
+def require_distinct_names(jobs: Sequence[Job]) -> None:
+    """ValueError where two tasks have one name, under which scores are kept."""
+    names = [job.task for job in jobs]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"two tasks are named {', '.join(twice)}; give them names of their own in task.json")
+
+
 def run_job(model: Model, job: Job, modes: Sequence[str], folder: Path, wait: bool = False) -> list[Score] | None:
     """The job's scores, in each mode that applies to it; what is not there yet is computed and stored.
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.evaluation.novelty import find_unlisted
+from pipeline.inference.description import DESCRIPTION_FILE
 from pipeline.settings import Settings, load_settings
 
 if TYPE_CHECKING:
@@ -62,3 +63,32 @@ def load_model(
     if unlisted := find_unlisted(datasets or ()):
         log.info("%s are not in tables/families.json: tasks may be newer to it than marked", ", ".join(unlisted))
     return Model(label or ("after" if run else Path(path).name), fingerprint(embedder), embedder, datasets=datasets)
+
+
+def load_retriever(name: str, template: str | None = None) -> "Model":
+    """What finds passages by name, whatever its kind.
+
+    Args:
+        name: bm25; a run or an exported embedder; with its template a published embedder; else a model of
+            sentence-transformers, run as `load_baseline` has it.
+        template: prompt template of a published embedder.
+
+    Raises:
+        ValueError: it is none of them, or cannot be loaded.
+    """
+    from pipeline.evaluation.baselines import load_baseline
+    from pipeline.evaluation.jobs import Model
+    from pipeline.inference.embedder import load_embedder
+    from pipeline.inference.fingerprint import fingerprint
+
+    folder = Path(name)
+    if template is not None or any((place / DESCRIPTION_FILE).is_file() for place in (folder, folder / "model")):
+        embedder = load_embedder(name, template=template)
+        return Model(folder.name, fingerprint(embedder), embedder)
+    if folder.is_dir() and not (folder / "modules.json").is_file():
+        raise ValueError(
+            f"--retriever {name} is neither a trained embedder ({DESCRIPTION_FILE} is missing) nor a model of "
+            "sentence-transformers (modules.json is missing); a published embedder needs its --template"
+        )
+    baseline, digest = load_baseline(name, "--retriever")
+    return Model(folder.name, digest, None, baseline)

@@ -47,11 +47,11 @@ def score_modes(
 def choose_examples(task: LocalTask, num_examples: int) -> tuple[Example, ...]:
     """The first `num_examples` examples of the task: the same for every model and query."""
     if num_examples < 1:
-        raise ValueError(f"--num-examples {num_examples} leaves few_shot without examples; use --modes zero_shot")
+        raise ValueError(f"--num-examples {num_examples} leaves few_shot without examples; score zero_shot alone")
     if num_examples > len(task.examples):
         raise ValueError(
             f"--num-examples {num_examples}: task {task.name} has {len(task.examples)} in examples.jsonl; "
-            "lower it, add examples, or use --modes zero_shot"
+            "lower it, add examples, or score zero_shot alone"
         )
     return task.examples[:num_examples]
 

@@ -57,7 +57,11 @@ def score_rows(scores: Sequence[Score]) -> list[list[str]]:
 
 def score_table(scores: Sequence[Score]) -> str:
     """The scores as aligned plain text."""
-    rows = score_rows(scores)
+    return plain_table(score_rows(scores))
+
+
+def plain_table(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of cells, heading first, as aligned text."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])

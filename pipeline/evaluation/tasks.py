@@ -188,7 +188,7 @@ def _read_header(path: Path) -> dict[str, str]:
 
 
 def _read_retrieval(folder: Path, header: dict[str, str], examples: tuple[tuple[str, str], ...]) -> RetrievalTask:
-    corpus = {i: _join(title, text) for i, title, text in _read_texts(folder / "corpus.jsonl", may_be_empty=True)}
+    corpus = {i: join_title(title, text) for i, title, text in _read_texts(folder / "corpus.jsonl", may_be_empty=True)}
     queries = {i: text for i, _, text in _read_texts(folder / "queries.jsonl", may_be_empty=False)}
     relevant = _read_qrels(folder / QRELS, queries, corpus)
     judged = {i: text for i, text in queries.items() if i in relevant}
@@ -322,6 +322,6 @@ def _read_examples(path: Path) -> tuple[tuple[str, str], ...]:
     return tuple(examples)
 
 
-def _join(title: str, text: str) -> str:
+def join_title(title: str, text: str) -> str:
     """Title and text of a passage as mteb joins them."""
     return f"{title} {text}".strip()

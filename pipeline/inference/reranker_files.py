@@ -11,6 +11,7 @@ layer-wise model; scores at a single exit differ from FlagEmbedding's as far as 
 """
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,7 +25,7 @@ from torch import Tensor
 from transformers import Gemma2Config
 
 from pipeline.data.pairs import PairTokenizer, load_pair_tokenizer
-from pipeline.files import replaced_folder
+from pipeline.files import file_sha256, replaced_folder
 from pipeline.inference.description import DESCRIPTION_FILE
 from pipeline.inference.loading import read_config, require_all_weights, require_base, saved_dtype
 from pipeline.inference.saving import save_adapter, write_json
@@ -116,6 +117,12 @@ def read_reranker(folder: Path) -> tuple[RerankerDescription, PairTokenizer]:
             f"BAAI/bge-reranker-v2.5-gemma2-lightweight (model_type {_PUBLISHED_TYPE!r} in config.json)"
         )
     return _describe_published(folder, config)
+
+
+def fingerprint_reranker(folder: Path) -> str:
+    """sha256 over names and contents of a reranker's files; of a base model elsewhere reranker.json has its own."""
+    files = sorted(file for file in folder.iterdir() if file.is_file())
+    return hashlib.sha256(repr([(file.name, file_sha256(file)) for file in files]).encode()).hexdigest()
 
 
 def load_reranker_weights(folder: Path, description: RerankerDescription, device: torch.device) -> Reranker:

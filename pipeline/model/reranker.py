@@ -21,9 +21,11 @@ from torch import Tensor, nn
 from pipeline.model.base import read_row
 from pipeline.model.encoder import Gathered, load_decoder
 from pipeline.model.merging import Route, follow_routes, plan_route
+from pipeline.model.shapes import ModelShape, shape_of
 from pipeline.settings import ModelSettings
 
 FIRST_EXIT, MERGE_LAYERS, PAPER_DEPTH = 8, (8, 16, 24, 32, 40), 42  # the paper's, of Gemma 2 9B
+LIGHT_EXIT, LIGHT_RATIO = 25, 2  # its compressed setting, which merges behind the first of MERGE_LAYERS
 _TABLES = ("model.embed_tokens.weight", "embed_tokens.weight")
 
 
@@ -68,6 +70,13 @@ class Reranker(nn.Module):
     def exits(self) -> tuple[int, ...]:
         """All layers that can be exits."""
         return tuple(range(self.heads.first_exit, self.depth + 1))
+
+    @property
+    def shape(self) -> ModelShape:
+        """What its arithmetic depends on (flop.py)."""
+        decoder: Any = self.decoder
+        adapters = getattr(decoder, "peft_config", {})
+        return shape_of(decoder.config, self.depth, adapters["default"].r if adapters else 0)
 
     def plan(
         self,
@@ -178,6 +187,11 @@ def scale_layers(depth: int) -> tuple[int, tuple[int, ...]]:
     """(first exit, layers to merge at) of a model of this depth: as far up as in the paper's."""
     scaled = [round(layer * depth / PAPER_DEPTH) for layer in (FIRST_EXIT, *MERGE_LAYERS)]
     return max(1, scaled[0]), tuple(sorted({layer for layer in scaled[1:] if 1 <= layer < depth}))
+
+
+def scale_exit(depth: int, first_exit: int) -> int:
+    """The layer at which the paper's compressed model is read, scaled to a model of this depth."""
+    return max(first_exit, round(LIGHT_EXIT * depth / PAPER_DEPTH))
 
 
 def yes_token(tokenizer: Tokenizer) -> int:

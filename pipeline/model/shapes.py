@@ -118,6 +118,20 @@ def read_shape(model: ModelSettings, num_markers: int) -> ModelShape:
     layers = model.num_layers or config.num_hidden_layers
     if layers > config.num_hidden_layers:
         raise ValueError(f"model.num_layers={layers}, but the model has {config.num_hidden_layers} layers")
+    return shape_of(
+        config,
+        layers,
+        lora_rank=model.lora.rank if model.trained == "lora" else 0,
+        markers=num_markers,
+        last_rows_only=model.pooling == "last" and config.model_type in KNOWN,
+        full=model.trained == "full",
+    )
+
+
+def shape_of(
+    config: Any, layers: int, lora_rank: int, markers: int = 0, last_rows_only: bool = False, full: bool = False
+) -> ModelShape:
+    """Shape of a decoder by its configuration (of transformers) and what stands in no configuration."""
     return ModelShape(
         family=config.model_type,
         layers=layers,
@@ -127,9 +141,9 @@ def read_shape(model: ModelSettings, num_markers: int) -> ModelShape:
         head_width=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
         mlp_width=config.intermediate_size,
         vocabulary=config.vocab_size,
-        lora_rank=model.lora.rank if model.trained == "lora" else 0,
-        markers=num_markers,
+        lora_rank=lora_rank,
+        markers=markers,
         capped=bool(getattr(config, "attn_logit_softcapping", None)),
-        last_rows_only=model.pooling == "last" and config.model_type in KNOWN,
-        full=model.trained == "full",
+        last_rows_only=last_rows_only,
+        full=full,
     )
