@@ -3,7 +3,7 @@ SHELL := /usr/bin/env bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .PHONY: help install test test-slurm format demo prove-main prove-kernels prove-data prove-trainer prove-inference \
-  prove-slurm clean
+  prove-slurm prove-reranker clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -86,6 +86,9 @@ prove-trainer: $(STAMP)  ## check what the README says of training runs (DATA=fo
 prove-slurm: $(STAMP)  ## disturb jobs 20 times on a SLURM cluster of virtual nodes (Linux, root; a quarter of an hour)
 	bash tests/slurm_cluster.sh install
 	$(BIN)/python benchmarks/prove.py slurm $(if $(DATA),--data $(DATA))
+
+prove-reranker: $(STAMP)  ## train a reranker and check what it saves and gains (DATA=folder with train/ and eval/; about five hours)
+	$(BIN)/python benchmarks/prove.py reranker $(if $(DATA),--data $(DATA))
 
 clean:  ## remove run results and caches (.venv stays)
 	rm -rf runs build .pytest_cache .ruff_cache .mypy_cache .hypothesis *.egg-info

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from prove_data import prove_data
 from prove_inference import prove_inference
+from prove_reranker import prove_reranker
 from prove_slurm import prove_slurm
 from prove_trainer import prove_trainer
 from proving import (
@@ -275,12 +276,17 @@ def compare_ways(claim: str, target: str, ways: dict[str, Row], limit_ms: float 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("topic", choices=["main", "kernels", "data", "trainer", "inference", "slurm"])
-    parser.add_argument("--data", type=Path, default=QUICKSTART / "data", help="folder of raw training files")
-    parser.add_argument("--only", default="", help="one part of the topic trainer, for example kills")
+    parser.add_argument("topic", choices=["main", "kernels", "data", "trainer", "inference", "slurm", "reranker"])
+    parser.add_argument(
+        "--data",
+        type=Path,
+        default=QUICKSTART / "data",
+        help="folder of raw training files (reranker: of train/ and eval/)",
+    )
+    parser.add_argument("--only", default="", help="one part of the topic trainer or reranker, for example kills")
     arguments = parser.parse_args(argv)
-    if arguments.only and arguments.topic != "trainer":
-        parser.error(f"--only {arguments.only} is for the topic trainer")
+    if arguments.only and arguments.topic not in ("trainer", "reranker"):
+        parser.error(f"--only {arguments.only} is for the topics trainer and reranker")
     WORK.mkdir(parents=True, exist_ok=True)
     if arguments.topic == "main":
         rows = prove_main(arguments.data)
@@ -290,6 +296,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         rows = prove_trainer(arguments.data, arguments.only)
     elif arguments.topic == "inference":
         rows = prove_inference(arguments.data)
+    elif arguments.topic == "reranker":
+        rows = prove_reranker(arguments.data, arguments.only)
     elif arguments.topic == "slurm":
         rows = prove_slurm(arguments.data)
     else:
