@@ -59,7 +59,7 @@ def recipe(smollm2_tokenizer_dir: str, tmp_path_factory: pytest.TempPathFactory)
     tree = tiny_settings(folder, smollm2_tokenizer_dir)
     columns = {"query": ["question"], "pos": ["answer"], "neg": ["wrong"]}
     tree["data"]["datasets"] = [
-        {"name": "many", "path": "many", "instruction": "Find it.", "group_size": 2},
+        {"name": "many", "path": "many", "instruction": "Find it.", "group_size": 2, "relation": "p-p"},
         {"name": "single", "path": "single.jsonl", "type": "only_1neg", "columns": columns},
     ]
     path = folder / "recipe.yaml"
@@ -99,6 +99,7 @@ def test_a_written_recipe_gives_the_same_rows(recipe: Path, tmp_path: Path) -> N
     assert rows_by_name(open_store(settings.data.store)) == rows_by_name(before)
     assert [d.in_batch_negatives for d in settings.data.datasets] == [None, None, False, None]
     assert [d.group_size for d in settings.data.datasets] == [2, 2, 2, None]
+    assert [d.relation for d in settings.data.datasets] == ["p-p", "p-p", "p-p", ""]
 
 
 def test_entries_of_which_nothing_is_written_stay(recipe: Path, tmp_path: Path) -> None:

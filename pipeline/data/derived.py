@@ -95,6 +95,7 @@ def _entry(entry: DatasetSettings, table: DatasetTable, path: str) -> DatasetSet
         instruction=entry.instruction,
         in_batch_negatives=in_batch,
         group_size=entry.group_size,
+        relation=entry.relation,
     )
 
 
