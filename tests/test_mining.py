@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import math
 import os
 import shutil
 import signal
@@ -18,11 +19,13 @@ import numpy as np
 import pytest
 from samples import REPOSITORY
 from slow_mining import SlowResult, inner_product, mine_slowly
+from test_lightweight_reranker import own as reranker  # noqa: F401
 from tiny_encoders import make_cross_encoder, make_minable_run, make_sentence_model
 
 from pipeline.data.columns import open_columns
 from pipeline.data.raw_rows import raw_row
 from pipeline.data.store import DatasetTable, TokenStore, open_store
+from pipeline.inference.reranker import LightweightReranker
 from pipeline.mine_negatives import main
 from pipeline.mining import dataset as stages
 from pipeline.mining.options import MiningOptions
@@ -177,26 +180,28 @@ def test_corpus_of_all_datasets_of_the_type_and_kept_negatives(ready: Ready, tmp
     assert_same(ready, tmp_path / "out", "normal", slow, keep=True)
 
 
-def test_teacher_removes_what_it_scores_too_high(ready: Ready, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["cross-encoder", "reranker"])
+def test_teacher_removes_what_it_scores_too_high(
+    ready: Ready,
+    reranker: tuple[Path, Any],  # noqa: F811
+    kind: str,
+    tmp_path: Path,
+) -> None:
     from sentence_transformers import CrossEncoder
 
-    model = CrossEncoder(str(ready.teacher), device="cpu")
+    folder = reranker[0] if kind == "reranker" else ready.teacher
+    model = LightweightReranker(folder, show_progress=False) if kind == "reranker" else CrossEncoder(str(folder))
 
     @cache
     def teacher(query: str, text: str) -> float:
-        return float(model.predict([(query, text)], show_progress_bar=False)[0])
+        if isinstance(model, CrossEncoder):
+            return float(model.predict([(query, text)], show_progress_bar=False)[0])
+        logit = float(model.score([(query, text)], exit_layer=3, compress_ratio=2, relation="p-p")[0])
+        return 1 / (1 + math.exp(-logit))
 
-    more = [
-        "--teacher",
-        str(ready.teacher),
-        "--teacher-ratio",
-        "0.9",
-        "--dataset",
-        "symmetric_sts",
-        "--max-ratio",
-        "none",
-    ]
-    assert main(ready.command(tmp_path / "out", *WINDOW, *more)) == 0
+    more = ["--teacher", str(folder), "--teacher-ratio", "0.9", "--dataset", "symmetric_sts", "--max-ratio", "none"]
+    light = ["--exit-layer", "3", "--compress-ratio", "2"] if kind == "reranker" else []
+    assert main(ready.command(tmp_path / "out", *WINDOW, *more, *light)) == 0
     options = MiningOptions(3, 40, 5, max_ratio=None, teacher="x", teacher_ratio=0.9, num_nearest=6)
     slow = slow_result(ready, tmp_path / "out", "symmetric_sts", options, teacher)
     assert_same(ready, tmp_path / "out", "symmetric_sts", slow)
@@ -205,6 +210,11 @@ def test_teacher_removes_what_it_scores_too_high(ready: Ready, tmp_path: Path) -
         map(len, slow.negatives)
     )
     assert 0 < counts["removed"] < counts["seen"]
+    if kind == "reranker":
+        assert (counts["exit_layer"], counts["compress_ratio"]) == (3, 2)
+        assert "the teacher (exit layer 3, compress ratio 2) read" in (tmp_path / "out/report.md").read_text()
+        record = json.loads((tmp_path / "out/settings.json").read_text())["options"]
+        assert (record["teacher"]["exit_layer"], record["relations"]["symmetric_sts"]) == (3, "p-p")
 
 
 def test_words_are_those_of_the_slow_twin(ready: Ready, tmp_path: Path) -> None:
@@ -452,6 +462,10 @@ def test_another_model_is_refused_and_overwrite_embeds_anew(
         (["--margin", "2"], "--margin 2.0 must be below 2"),
         (["--max-score", "7"], "--max-score 7.0 must lie in -1..1"),
         (["--max-score", "nan"], "--max-score nan must be a finite number"),
+        (["--embedder", "{reranker}"], "holds a reranker, which gives no embeddings"),
+        (["--exit-layer", "3"], "--exit-layer is for a reranker as --teacher, which is not given"),
+        (["--teacher", "{teacher}", "--compress-ratio", "2"], "--compress-ratio is for rerankers; --teacher "),
+        (["--teacher", "{reranker}", "--exit-layer", "5"], "exit_layer=5 is none of the layers 2 to 4 of this model"),
         (["--teacher-ratio", "0"], "--teacher-ratio 0.0 must lie in 0..1"),
         (["--nearest", "-1"], "--nearest -1 must be 0"),
         (["--shard-texts", "0"], "--shard-texts 0 must be at least 1"),
@@ -464,10 +478,15 @@ def test_another_model_is_refused_and_overwrite_embeds_anew(
     ],
 )
 def test_faults_have_one_message(
-    ready: Ready, tmp_path: Path, capsys: pytest.CaptureFixture[str], more: list[str], message: str
+    ready: Ready,
+    reranker: tuple[Path, Any],  # noqa: F811
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    more: list[str],
+    message: str,
 ) -> None:
     (tmp_path / "file").write_text("mine")
-    arguments = [word.format(tmp=tmp_path, teacher=ready.teacher) for word in more]
+    arguments = [word.format(tmp=tmp_path, teacher=ready.teacher, reranker=reranker[0]) for word in more]
     assert main(ready.command(tmp_path / "out", *arguments)) == 2
     found = capsys.readouterr().err
     assert found.startswith("error: ") and message in found and found.count("\n") == 1

@@ -35,10 +35,10 @@ RATIOS = (1, 2, 4, 8)
 _WIDTH = 201  # purpose of a key; others stand in sampling.py and schedule.py
 
 
-def choose_relations(store: TokenStore, settings: Settings) -> tuple[str, ...]:
-    """What is asked of the pairs of each dataset: what its entry of the recipe says, else what its task type does."""
+def choose_relations(store: TokenStore, settings: Settings) -> dict[str, str]:
+    """Dataset -> what is asked of its pairs: what its entry of the recipe says, else what its task type does."""
     asked = {d.name: d.relation for d in settings.data.datasets}
-    return tuple(asked.get(table.entry) or RELATIONS[table.task_type] for table in store.datasets)
+    return {table.name: asked.get(table.entry) or RELATIONS[table.task_type] for table in store.datasets}
 
 
 def draw_width(seed: int, step: int, merge_layers: Sequence[int]) -> tuple[tuple[int, ...], int]:

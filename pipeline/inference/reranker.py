@@ -76,20 +76,20 @@ class LightweightReranker:
         Raises:
             ValueError: not a list of pairs of texts, an unknown relation, or a depth or width that the model has not.
         """
-        depth = self.model.depth if exit_layer is None else exit_layer
-        layers = self.description.compress_layers if compress_layers is None else tuple(compress_layers)
-        merges = layers if compress_ratio != 1 else ()
-        self.model.check_reduction(depth, merges, compress_ratio)
-        if compress_ratio > 1 and not merges:
-            raise ValueError(f"compress_ratio={compress_ratio}, but compress_layers is empty; name a layer, or ratio 1")
-        composed = self._compose(pairs, relation)
+        reduction = self.check_reduction(exit_layer, compress_layers, compress_ratio)
+        return self.score_composed(self.compose(pairs, relation), *reduction)
+
+    def score_composed(
+        self, composed: Sequence[ComposedPair], depth: int, merges: Sequence[int], ratio: int
+    ) -> np.ndarray:
+        """As `score`, of what `compose` made, at what `check_reduction` gave: for pairs that are scored repeatedly."""
         if not composed:
             return np.zeros(0, dtype=np.float32)
         passage_N2 = np.array([(pair.start, pair.stop) for pair in composed])
 
         def forward(chunk: PackedChunk) -> torch.Tensor:
             spans_S2 = passage_N2[chunk.sequence_S]
-            route = self.model.plan(chunk.cu_seqlens, spans_S2, (depth,), merges, compress_ratio)
+            route = self.model.plan(chunk.cu_seqlens, spans_S2, (depth,), merges, ratio)
             scores: torch.Tensor = self.model(
                 torch.from_numpy(chunk.input_ids_T).to(self.device), route.to(self.device)
             )
@@ -100,8 +100,22 @@ class LightweightReranker:
             ids = [pair.ids for pair in composed]
             return encode_sequences(ids, forward, self.chunk_tokens, done=bar.update)[:, 0]
 
-    def _compose(self, pairs: Sequence[Pair], relation: str) -> list[ComposedPair]:
-        """Token ids of all pairs; a query or passage that stands in several is tokenized once."""
+    def check_reduction(
+        self, exit_layer: int | None = None, compress_layers: Sequence[int] | None = None, compress_ratio: int = 1
+    ) -> tuple[int, tuple[int, ...], int]:
+        """(exit, layers that merge, ratio) of the arguments of `score`, its defaults filled in and what changes nothing
+        left out; ValueError as there."""
+        depth = self.model.depth if exit_layer is None else exit_layer
+        layers = self.description.compress_layers if compress_layers is None else tuple(compress_layers)
+        merges = layers if compress_ratio != 1 else ()
+        self.model.check_reduction(depth, merges, compress_ratio)
+        if compress_ratio > 1 and not merges:
+            raise ValueError(f"compress_ratio={compress_ratio}, but compress_layers is empty; name a layer, or ratio 1")
+        merges = tuple(sorted({layer for layer in merges if layer < depth}))
+        return depth, merges, compress_ratio if merges else 1
+
+    def compose(self, pairs: Sequence[Pair], relation: str = "q-p") -> list[ComposedPair]:
+        """Token ids of all pairs; a query or passage that stands in several is tokenized once. Cut as by `score`."""
         prompt = self.description.template.prompt(relation)
         pt, limit = self.tokenizer, self.description.max_pair_tokens
         if isinstance(pairs, str) or not isinstance(pairs, Sequence):  # a generator would be empty at the second look

@@ -20,7 +20,7 @@ from pipeline.mining.search import DenseIndex, Ranking, WordIndex
 SHOWN_RANKS = (1, 10, 50, 100)  # whose scores the report shows
 
 Index = DenseIndex | WordIndex
-Teacher = Callable[[list[tuple[int, int]]], np.ndarray]  # (query, passage) text ids -> scores, float32
+Teacher = Callable[[Sequence[tuple[int, int]]], np.ndarray]  # (query, passage) text ids -> scores, float32
 
 
 @dataclass(frozen=True)

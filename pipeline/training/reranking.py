@@ -44,7 +44,7 @@ def set_up_reranker(settings: Settings, ranks: Ranks, watch: Watch, held: contex
     require_alike({"tokenizer of pairs": pairs.fingerprint}, ranks)
     own = {"pair template": BGE_RERANKER.version, "tokenizer of pairs": pairs.fingerprint}
     inputs = read_inputs(settings, ranks, watch, held, own)
-    relations = choose_relations(inputs.store, settings)
+    relations = tuple(choose_relations(inputs.store, settings).values())
     require_room(pairs, relations, settings.preprocess.max_pair_tokens)
     require_groups(inputs.schedule)
     # Every candidate is read with its query: a passage that stands in two groups is two pairs.
