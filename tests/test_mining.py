@@ -19,7 +19,8 @@ import numpy as np
 import pytest
 from samples import REPOSITORY
 from slow_mining import SlowResult, inner_product, mine_slowly
-from test_lightweight_reranker import own as reranker  # noqa: F401
+from test_embedder import change_json
+from test_lightweight_reranker import own  # noqa: F401
 from tiny_encoders import make_cross_encoder, make_minable_run, make_sentence_model
 
 from pipeline.data.columns import open_columns
@@ -56,6 +57,14 @@ def ready(tmp_path_factory: pytest.TempPathFactory) -> Ready:
     assert preprocess(["--config", str(recipe), "--processes", "1"]) == 0
     model, teacher = make_sentence_model(folder / "sentence-model"), make_cross_encoder(folder / "teacher")
     return Ready(recipe, model, teacher, open_store(load_settings(recipe).data.store))
+
+
+@pytest.fixture(scope="module")
+def reranker(own: tuple[Path, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
+    """A run folder with a random reranker, for whose limit some pairs are too long."""
+    run = shutil.copytree(own[0], tmp_path_factory.mktemp("reranker") / "run")
+    change_json(run / "model/reranker.json", max_pair_tokens=56)
+    return run
 
 
 @pytest.fixture(scope="module")
@@ -183,13 +192,13 @@ def test_corpus_of_all_datasets_of_the_type_and_kept_negatives(ready: Ready, tmp
 @pytest.mark.parametrize("kind", ["cross-encoder", "reranker"])
 def test_teacher_removes_what_it_scores_too_high(
     ready: Ready,
-    reranker: tuple[Path, Any],  # noqa: F811
+    reranker: Path,
     kind: str,
     tmp_path: Path,
 ) -> None:
     from sentence_transformers import CrossEncoder
 
-    folder = reranker[0] if kind == "reranker" else ready.teacher
+    folder = reranker if kind == "reranker" else ready.teacher
     model = LightweightReranker(folder, show_progress=False) if kind == "reranker" else CrossEncoder(str(folder))
 
     @cache
@@ -206,12 +215,16 @@ def test_teacher_removes_what_it_scores_too_high(
     slow = slow_result(ready, tmp_path / "out", "symmetric_sts", options, teacher)
     assert_same(ready, tmp_path / "out", "symmetric_sts", slow)
     counts = report_of(tmp_path / "out", "symmetric_sts")["teacher"]
-    assert counts["seen"] == slow.seen_by_teacher and counts["removed"] == counts["seen"] - sum(
+    assert counts["seen"] == len(slow.seen_by_teacher) and counts["removed"] == counts["seen"] - sum(
         map(len, slow.negatives)
     )
     assert 0 < counts["removed"] < counts["seen"]
     if kind == "reranker":
-        assert (counts["exit_layer"], counts["compress_ratio"]) == (3, 2)
+        rows = raw_rows(ready.store, table_of(ready.store, "symmetric_sts"))
+        pairs = [*slow.seen_by_teacher, *((row["query"], text) for row in rows for text in row["pos"])]
+        num_cut = sum(pair.passage_was_cut for pair in model.compose(pairs, "p-p"))
+        assert (counts["exit_layer"], counts["compress_ratio"], counts["pairs_cut"]) == (3, 2, num_cut) and num_cut
+        assert f"it cut {num_cut:,} pairs" in (tmp_path / "out/report.md").read_text()
         assert "the teacher (exit layer 3, compress ratio 2) read" in (tmp_path / "out/report.md").read_text()
         record = json.loads((tmp_path / "out/settings.json").read_text())["options"]
         assert (record["teacher"]["exit_layer"], record["relations"]["symmetric_sts"]) == (3, "p-p")
@@ -314,11 +327,11 @@ def test_next_recipe_reads_what_was_mined(ready: Ready, mined: Path, tmp_path: P
 def test_own_model_embeds_queries_with_instruction_and_wraps_passages_of_symmetric_types(
     ready: Ready, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pipeline.inference import embedder as own
+    from pipeline.inference import embedder as embedding
     from pipeline.inference.embedder import load_base_embedder
 
     base = load_base_embedder(load_settings(ready.recipe), show_progress=False)
-    monkeypatch.setattr(own, "load_embedder", lambda folder, show_progress: base)
+    monkeypatch.setattr(embedding, "load_embedder", lambda folder, show_progress: base)
     (tmp_path / "run/model").mkdir(parents=True)
     (tmp_path / "run/model/embedder.json").write_text("{}")
     names = ["--dataset", "normal", "--dataset", "symmetric_clustering"]
@@ -479,14 +492,14 @@ def test_another_model_is_refused_and_overwrite_embeds_anew(
 )
 def test_faults_have_one_message(
     ready: Ready,
-    reranker: tuple[Path, Any],  # noqa: F811
+    reranker: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     more: list[str],
     message: str,
 ) -> None:
     (tmp_path / "file").write_text("mine")
-    arguments = [word.format(tmp=tmp_path, teacher=ready.teacher, reranker=reranker[0]) for word in more]
+    arguments = [word.format(tmp=tmp_path, teacher=ready.teacher, reranker=reranker) for word in more]
     assert main(ready.command(tmp_path / "out", *arguments)) == 2
     found = capsys.readouterr().err
     assert found.startswith("error: ") and message in found and found.count("\n") == 1

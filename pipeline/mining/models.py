@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from pipeline.inference.embedder import FewShotEmbedder
 
-Judge = Callable[[str, Sequence[tuple[int, int]]], np.ndarray]  # relation, (query, passage) text ids -> float32 [N]
+Judge = Callable[[str, Sequence[tuple[int, int]]], Scored]  # of a relation and (query, passage) text ids
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def load_text_model(path: Path, option: str, batch_size: int | None) -> TextMode
 
 
 def load_judge(path: Path, store: TokenStore, batch_size: int | None, reduction: Reduction) -> Judge:
-    """The scores in 0..1 that a cross-encoder or reranker gives pairs.
+    """A cross-encoder or reranker that scores pairs in 0..1: float32 [N], and bool [N] as of `Scored`.
 
     Raises:
         ValueError: it gives several scores a pair, or (later) what is not finite.
@@ -92,12 +92,12 @@ def load_judge(path: Path, store: TokenStore, batch_size: int | None, reduction:
     teacher = load_model(path, "--teacher", batch_size, sigmoid=True, reduction=reduction)
     assert isinstance(teacher, PairModel)
 
-    def judge(relation: str, pairs: Sequence[tuple[int, int]]) -> np.ndarray:
+    def judge(relation: str, pairs: Sequence[tuple[int, int]]) -> Scored:
         queries, passages = ([store.text(text) for text in side] for side in zip(*pairs, strict=True))
-        scores_N = teacher.score(queries, passages, relation)[0][:, 0]
-        if not np.isfinite(scores_N).all():
+        scores_N1, cut_N = teacher.score(queries, passages, relation)
+        if not np.isfinite(scores_N1).all():
             raise ValueError(f"--teacher {path} gives scores that are not finite; its weights are damaged")
-        return scores_N
+        return scores_N1[:, 0], cut_N
 
     return judge
 
