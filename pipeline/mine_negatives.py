@@ -62,7 +62,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--teacher", metavar="FOLDER", help=teacher_help)
     add_limit("--teacher-ratio", default=default.teacher_ratio, help="(%(default)s)")
     add("--exit-layer", type=int, metavar="K", help="of a reranker as teacher: score after K layers (all)")
-    ratio_help = "of a reranker as teacher: make one of each R neighbouring passage tokens (%(default)s)"
+    ratio_help = (
+        "of a reranker as teacher: merge R neighbouring passage tokens behind each layer that it names (1: none)"
+    )
     add("--compress-ratio", type=int, default=default.reduction.compress_ratio, metavar="R", help=ratio_help)
     corpus_help = "search the texts of the row's dataset, or of all datasets of its type (%(default)s)"
     add("--corpus", choices=("dataset", "type"), default=default.corpus, help=corpus_help)

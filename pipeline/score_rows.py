@@ -70,7 +70,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--exit-layer", type=int, metavar="K", help="of a reranker: score after K layers (default: all)"
     )
-    ratio_help = "of a reranker: make one of each R neighbouring passage tokens (default: 1, all stay)"
+    ratio_help = "of a reranker: merge R neighbouring passage tokens behind each layer that it names (default: 1, none)"
     parser.add_argument("--compress-ratio", type=int, default=1, metavar="R", help=ratio_help)
     parser.add_argument("--batch-size", type=int, help="of a sentence-transformers model (default: 32)")
     parser.add_argument("--overwrite", action="store_true", help="replace what was scored otherwise")
