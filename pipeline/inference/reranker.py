@@ -20,6 +20,7 @@ from pipeline.inference.prompting import check_texts, log_changes
 from pipeline.inference.reranker_files import load_reranker_weights, read_reranker
 
 Pair = tuple[str, str]  # (query, passage)
+Reduction = tuple[int, tuple[int, ...], int]  # exit, layers behind which passage tokens are merged, how many to one
 
 
 class LightweightReranker:
@@ -77,14 +78,13 @@ class LightweightReranker:
             ValueError: not a list of pairs of texts, an unknown relation, or a depth or width that the model has not.
         """
         reduction = self.check_reduction(exit_layer, compress_layers, compress_ratio)
-        return self.score_composed(self.compose(pairs, relation), *reduction)
+        return self.score_composed(self.compose(pairs, relation), reduction)
 
-    def score_composed(
-        self, composed: Sequence[ComposedPair], depth: int, merges: Sequence[int], ratio: int
-    ) -> np.ndarray:
+    def score_composed(self, composed: Sequence[ComposedPair], reduction: Reduction) -> np.ndarray:
         """As `score`, of what `compose` made, at what `check_reduction` gave: for pairs that are scored repeatedly."""
         if not composed:
             return np.zeros(0, dtype=np.float32)
+        depth, merges, ratio = reduction
         passage_N2 = np.array([(pair.start, pair.stop) for pair in composed])
 
         def forward(chunk: PackedChunk) -> torch.Tensor:
@@ -102,7 +102,7 @@ class LightweightReranker:
 
     def check_reduction(
         self, exit_layer: int | None = None, compress_layers: Sequence[int] | None = None, compress_ratio: int = 1
-    ) -> tuple[int, tuple[int, ...], int]:
+    ) -> Reduction:
         """(exit, layers that merge, ratio) of the arguments of `score`, its defaults filled in and what changes nothing
         left out; ValueError as there."""
         depth = self.model.depth if exit_layer is None else exit_layer

@@ -117,24 +117,6 @@ def read_reranker(folder: Path) -> tuple[RerankerDescription, PairTokenizer]:
     return _describe_published(folder, config)
 
 
-def require_reduction(folder: Path, exit_layer: int | None, compress_ratio: int) -> None:
-    """Refuse what `LightweightReranker.score` would refuse of a folder's reranker, without loading that.
-
-    Raises:
-        ValueError: a depth or width that the model has not; as `read_reranker`.
-    """
-    description, _ = read_reranker(folder)
-    if (folder / HEADS_FILE).is_file():
-        last_exit = description.first_exit + len(_read_heads(folder / HEADS_FILE)) - 1
-    else:
-        last_exit = _gemma_config(read_config(folder)).num_hidden_layers
-    exits = range(description.first_exit, last_exit + 1)
-    layers = description.compress_layers if compress_ratio != 1 else ()
-    check_reduction(exits, last_exit if exit_layer is None else exit_layer, layers, compress_ratio)
-    if compress_ratio > 1 and not layers:
-        raise ValueError(f"compress_ratio={compress_ratio}, but the model has no layers to compress at; leave it out")
-
-
 def load_reranker_weights(folder: Path, description: RerankerDescription, device: torch.device) -> Reranker:
     """The reranker of a folder that `read_reranker` read, for inference.
 
@@ -155,6 +137,24 @@ def load_reranker_weights(folder: Path, description: RerankerDescription, device
         reranker = Reranker(load_decoder(model, device_type=device.type), heads_HD, description.first_exit)
         load_adapter(reranker, folder)
     return reranker.to(device).eval()
+
+
+def require_reduction(folder: Path, exit_layer: int | None, compress_ratio: int) -> None:
+    """Refuse what `LightweightReranker.score` would refuse of a folder's reranker, without loading that.
+
+    Raises:
+        ValueError: a depth or width that the model has not; as `read_reranker`.
+    """
+    description, _ = read_reranker(folder)
+    if (folder / HEADS_FILE).is_file():
+        last_exit = description.first_exit + len(_read_heads(folder / HEADS_FILE)) - 1
+    else:
+        last_exit = _gemma_config(read_config(folder)).num_hidden_layers
+    exits = range(description.first_exit, last_exit + 1)
+    layers = description.compress_layers if compress_ratio != 1 else ()
+    check_reduction(exits, last_exit if exit_layer is None else exit_layer, layers, compress_ratio)
+    if compress_ratio > 1 and not layers:
+        raise ValueError(f"compress_ratio={compress_ratio}, but the model has no layers to compress at; leave it out")
 
 
 def _read_heads(file: Path) -> Tensor:

@@ -140,11 +140,11 @@ def _load_reranker(path: Path, sigmoid: bool, reduction: Reduction) -> PairModel
 
     _quiet_transformers()
     reranker = LightweightReranker(path, show_progress=False)
-    depth_and_width = reranker.check_reduction(reduction.exit_layer, None, reduction.compress_ratio)
+    own_reduction = reranker.check_reduction(reduction.exit_layer, compress_ratio=reduction.compress_ratio)
 
     def score(queries: Sequence[str], passages: Sequence[str], relation: str) -> Scored:
         composed = reranker.compose(list(zip(queries, passages, strict=True)), relation)
-        scores_N = reranker.score_composed(composed, *depth_and_width)
+        scores_N = reranker.score_composed(composed, own_reduction)
         if sigmoid:
             scores_N = torch.sigmoid(torch.from_numpy(scores_N)).numpy()
         return scores_N[:, None], np.array(
