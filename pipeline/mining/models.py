@@ -144,12 +144,11 @@ def _load_reranker(path: Path, sigmoid: bool, reduction: Reduction) -> PairModel
 
     def score(queries: Sequence[str], passages: Sequence[str], relation: str) -> Scored:
         composed = reranker.compose(list(zip(queries, passages, strict=True)), relation)
+        cut_N = np.array([pair.query_was_cut or pair.passage_was_cut for pair in composed], dtype=bool)
         scores_N = reranker.score_composed(composed, own_reduction)
         if sigmoid:
             scores_N = torch.sigmoid(torch.from_numpy(scores_N)).numpy()
-        return scores_N[:, None], np.array(
-            [pair.query_was_cut or pair.passage_was_cut for pair in composed], dtype=bool
-        )
+        return scores_N[:, None], cut_N
 
     return PairModel("reranker", "sigmoid" if sigmoid else "logits", reranker.description.max_pair_tokens, score)
 
