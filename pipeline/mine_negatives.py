@@ -13,25 +13,29 @@ import logging
 import re
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 
 from pipeline.data.derived import choose_datasets, rows_file, write_recipe
+from pipeline.data.pair_steps import choose_relations
 from pipeline.data.store import MANIFEST, DatasetTable, TokenStore, open_store
 from pipeline.files import file_sha256
 from pipeline.mining.folder import Record, own_folder, prepare_folder
-from pipeline.mining.options import BM25, SHARD_TEXTS, MiningOptions, check_options
+from pipeline.mining.options import BM25, SHARD_TEXTS, MiningOptions, Reduction, check_options
 from pipeline.settings import Settings, load_settings
 
 EPILOG = """examples:
   python pipeline/mine_negatives.py --config recipe.yaml --embedder runs/first --out mined
   python pipeline/mine_negatives.py --config recipe.yaml --embedder bm25 --out mined-bm25 --dataset nq --dataset fever
   python pipeline/mine_negatives.py --config recipe.yaml --embedder models/e5 --out mined --window 30-100 --margin 0.1
-  python pipeline/mine_negatives.py --config recipe.yaml --embedder models/e5 --out mined --teacher models/reranker
+  python pipeline/mine_negatives.py --config recipe.yaml --embedder models/e5 --out mined --teacher models/cross-encoder
+  python pipeline/mine_negatives.py --config recipe.yaml --embedder runs/first --out mined --teacher runs/reranker
 
 an embedder is a run (or its model/ folder), the folder of a sentence-transformers model, or bm25
+a teacher is the folder of a sentence-transformers cross-encoder, or a reranker: a run (or its model/ folder), or
+BAAI/bge-reranker-v2.5-gemma2-lightweight as a folder; it is asked the recipe's `relation`, or what suits the task type
 """
 
 
@@ -54,8 +58,14 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add_limit("--margin", help="remove candidates above the positive's score less this")
     ratio_help = "remove candidates above this share of the positive's score, or none (0.95; none for bm25)"
     add("--max-ratio", metavar="X", help=ratio_help)
-    add("--teacher", metavar="FOLDER", help="cross-encoder: remove candidates above --teacher-ratio of the positive's")
+    teacher_help = "cross-encoder or reranker: remove candidates above --teacher-ratio of the positive's score"
+    add("--teacher", metavar="FOLDER", help=teacher_help)
     add_limit("--teacher-ratio", default=default.teacher_ratio, help="(%(default)s)")
+    add("--exit-layer", type=int, metavar="K", help="of a reranker as teacher: score after K layers (all)")
+    ratio_help = (
+        "of a reranker as teacher: merge R neighbouring passage tokens behind each layer that it names (1: none)"
+    )
+    add("--compress-ratio", type=int, default=default.reduction.compress_ratio, metavar="R", help=ratio_help)
     corpus_help = "search the texts of the row's dataset, or of all datasets of its type (%(default)s)"
     add("--corpus", choices=("dataset", "type"), default=default.corpus, help=corpus_help)
     add_switch("--keep-negatives", help="add to the rows' negatives instead of replacing them")
@@ -113,6 +123,7 @@ def read_options(args: argparse.Namespace) -> MiningOptions:
         margin=args.margin,
         max_ratio=max_ratio,
         teacher=args.teacher,
+        reduction=Reduction(args.exit_layer, args.compress_ratio),
         teacher_ratio=args.teacher_ratio,
         corpus=args.corpus,
         keep_negatives=args.keep_negatives,
@@ -133,18 +144,23 @@ def require_search(embedder: str) -> None:
         raise ValueError(f"{package} is not installed; pip install 'bge-icl-train[mining]'")
 
 
-def mining_record(args: argparse.Namespace, options: MiningOptions, store: TokenStore) -> Record:
+def mining_record(
+    args: argparse.Namespace, options: MiningOptions, store: TokenStore, relations: Mapping[str, str]
+) -> Record:
     """What decides the results: embeddings, and the options by which negatives are chosen."""
-    from pipeline.mining.models import find_kind, model_record
+    from pipeline.mining.kinds import find_kind, model_record
 
     def record(path: Path, option: str) -> Record:
-        return model_record(path, find_kind(path, option), args.batch_size)
+        return model_record(path, find_kind(path, option), args.batch_size, options.reduction)
 
     words = args.embedder == BM25
     embedder = {BM25: version("bm25s")} if words else record(Path(args.embedder), "--embedder")
     chosen = asdict(options)
+    del chosen["reduction"]  # stands with its teacher
     if options.teacher is not None:
         chosen["teacher"] = record(Path(options.teacher), "--teacher")
+        if find_kind(Path(options.teacher), "--teacher") == "reranker":
+            chosen["relations"] = relations
     return {"embeddings": {"embedder": embedder, "store": file_sha256(store.path / MANIFEST)}, "options": chosen}
 
 
@@ -158,16 +174,24 @@ def mine(
     """Mine the datasets one by one, then write report and recipe over all that the folder holds."""
     # Loading these takes a second or more; wrong arguments should not have to wait for it.
     from pipeline.mining.dataset import MiningRun, finished_reports, mine_dataset
-    from pipeline.mining.models import find_kind, load_judge, load_text_model
+    from pipeline.mining.kinds import READS_PAIRS, check_reduction, find_kind
+    from pipeline.mining.models import load_judge, load_text_model
     from pipeline.mining.report import summary_table, write_reports
 
     start, embedder, teacher = time.monotonic(), Path(args.embedder), Path(options.teacher or "")
     kind = BM25 if args.embedder == BM25 else find_kind(embedder, "--embedder")
-    if kind == "cross_encoder":
-        raise ValueError(f"--embedder {embedder} holds a cross-encoder, which gives no embeddings; it can be --teacher")
-    if options.teacher is not None and (found := find_kind(teacher, "--teacher")) != "cross_encoder":
-        raise ValueError(f"--teacher {teacher} holds a {found}; candidates are judged by a cross-encoder")
-    prepare_folder(args.out, mining_record(args, options, store), args.overwrite)
+    if kind in READS_PAIRS:
+        raise ValueError(
+            f"--embedder {embedder} holds a {kind.replace('_', '-')}, which gives no embeddings; it can be --teacher"
+        )
+    if options.teacher is not None:
+        if (found := find_kind(teacher, "--teacher")) not in READS_PAIRS:
+            raise ValueError(
+                f"--teacher {teacher} holds a {found}; candidates are judged by a cross-encoder or reranker"
+            )
+        check_reduction(teacher, found, options.reduction)
+    relations = choose_relations(store, settings)
+    prepare_folder(args.out, mining_record(args, options, store, relations), args.overwrite)
     run = MiningRun(
         store=store,
         out=args.out,
@@ -175,7 +199,7 @@ def mine(
         embedder=args.embedder,
         wraps_passages=kind == "embedder",
         load_encoder=functools.cache(lambda: load_text_model(embedder, "--embedder", args.batch_size)),
-        load_teacher=functools.cache(lambda: load_judge(teacher, store, args.batch_size))
+        load_teacher=functools.cache(lambda: load_judge(teacher, store, args.batch_size, options.reduction))
         if options.teacher is not None
         else None,
         shard_texts=args.shard_texts,
@@ -183,7 +207,7 @@ def mine(
     )
     for table in tables:
         begun = time.monotonic()
-        report = mine_dataset(run, table)
+        report = mine_dataset(run, table, relations[table.name])
         few = report["rows_with_too_few"]
         print(
             f"{table.name}: {report['negatives']:,} negatives for {report['rows']:,} rows, "

@@ -4,6 +4,9 @@ Writes DIR/<dataset>.jsonl (line i + 1 is row i of the store, with pos_scores an
 scale, counts, statistics) and DIR/recipe.yaml, which preprocesses the scored rows. The teacher is a folder with
 
   a sentence-transformers cross-encoder   its raw logits (or, with --sigmoid, 0..1); it sees query and passage alone
+  a reranker of this project, or          the logit of "Yes" (or, with --sigmoid, 0..1); it is asked the `relation` of
+  BAAI/bge-reranker-v2.5-gemma2-          the recipe's dataset, or what suits its task type; --exit-layer and
+  lightweight                             --compress-ratio make it cheaper
   a SentenceTransformer                   the cosine, with the model's own prompts
   an embedder of this project             the cosine, with the rows' instructions and no examples
 
@@ -24,16 +27,20 @@ import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from pipeline.data.derived import choose_datasets, rows_file, write_recipe, write_rows
+from pipeline.data.pair_steps import choose_relations
 from pipeline.data.store import MANIFEST, TokenStore, open_store
 from pipeline.data.summary import align
 from pipeline.files import file_sha256, safe_name, write_text
 from pipeline.mining.block_store import BLOCK_ITEMS
 from pipeline.mining.folder import Record, own_folder, prepare_folder, read_record
-from pipeline.mining.models import Kind, PairModel, TextModel, find_kind, load_model, model_record
+from pipeline.mining.kinds import PACKS_TOKENS, READS_PAIRS, Kind, check_reduction, find_kind, model_record
+from pipeline.mining.models import PairModel, TextModel, load_model
+from pipeline.mining.options import Reduction
 from pipeline.mining.scoring import TEMPERATURES, describe, score_dataset, scored_rows
 from pipeline.settings import load_settings
 
@@ -42,6 +49,8 @@ REPORT = "scores.json"
 EPILOG = """examples:
   python pipeline/score_rows.py --config recipe.yaml --teacher models/bge-reranker-v2-m3 --out scored
   python pipeline/score_rows.py --config recipe.yaml --teacher runs/first --out scored --dataset squad_newwiki
+  python pipeline/score_rows.py --config recipe.yaml --teacher runs/reranker --out scored
+  python pipeline/score_rows.py --config recipe.yaml --teacher bge-light --out light --exit-layer 25 --compress-ratio 2
   python pipeline/preprocess.py --config scored/recipe.yaml
 """
 
@@ -57,7 +66,12 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--dataset", action="append", default=[], metavar="NAME", help="only this dataset; may stand repeatedly"
     )
-    parser.add_argument("--sigmoid", action="store_true", help="squash a cross-encoder's logits to 0..1")
+    parser.add_argument("--sigmoid", action="store_true", help="squash a cross-encoder's or reranker's logits to 0..1")
+    parser.add_argument(
+        "--exit-layer", type=int, metavar="K", help="of a reranker: score after K layers (default: all)"
+    )
+    ratio_help = "of a reranker: merge R neighbouring passage tokens behind each layer that it names (default: 1, none)"
+    parser.add_argument("--compress-ratio", type=int, default=1, metavar="R", help=ratio_help)
     parser.add_argument("--batch-size", type=int, help="of a sentence-transformers model (default: 32)")
     parser.add_argument("--overwrite", action="store_true", help="replace what was scored otherwise")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings on top of the recipe")
@@ -85,17 +99,22 @@ def score_rows(args: argparse.Namespace, block_items: int = BLOCK_ITEMS) -> None
     settings = load_settings(args.config, args.overrides)
     store = open_store(settings.data.store)
     chosen = choose_datasets(store, args.dataset)
-    kind = find_kind(args.teacher, "--teacher")
+    kind, reduction = find_kind(args.teacher, "--teacher"), Reduction(args.exit_layer, args.compress_ratio)
     check_options(args, kind)
+    check_reduction(args.teacher, kind, reduction)
+    relations = choose_relations(store, settings)
     print(f"teacher: {args.teacher} ({kind.replace('_', ' ')})", flush=True)
-    record = {
+    record: Record = {
         "store": file_sha256(store.path / MANIFEST),
-        "teacher": model_record(args.teacher, kind, args.batch_size) | {"block_items": block_items},
+        "teacher": model_record(args.teacher, kind, args.batch_size, reduction) | {"block_items": block_items},
         "sigmoid": args.sigmoid,
     }
+    report: Record = {"kind": kind, "scale": None, "max_tokens": None, "datasets": {}}
+    if kind == "reranker":
+        record |= {"relations": relations}
+        report |= asdict(reduction) | {"relations": relations}
     prepare_folder(args.out, {"scores": record}, args.overwrite)
     report_path = args.out / REPORT
-    report: Record = {"kind": kind, "scale": None, "max_tokens": None, "datasets": {}}
     if report_path.is_file():
         report = read_record(report_path, set(report))
     finished = {name for name in report["datasets"] if (args.out / rows_file(name)).is_file()}
@@ -106,9 +125,9 @@ def score_rows(args: argparse.Namespace, block_items: int = BLOCK_ITEMS) -> None
             shutil.rmtree(work, ignore_errors=True)  # a run may have been killed just before it did this
             print(f"{table.name}: up to date")
             continue
-        teacher = teacher or load_model(args.teacher, "--teacher", args.batch_size, args.sigmoid)
+        teacher = teacher or load_model(args.teacher, "--teacher", args.batch_size, args.sigmoid, reduction)
         start = time.monotonic()
-        scores = score_dataset(store, table, teacher, work, True, block_items)
+        scores = score_dataset(store, table, relations[table.name], teacher, work, True, block_items)
         write_rows(args.out / rows_file(table.name), scored_rows(store, table, scores))
         report |= {"scale": teacher.scale, "max_tokens": teacher.max_tokens}
         report["datasets"][table.name] = describe(table, scores)
@@ -128,10 +147,12 @@ def score_rows(args: argparse.Namespace, block_items: int = BLOCK_ITEMS) -> None
 
 def check_options(args: argparse.Namespace, kind: Kind) -> None:
     """ValueError for an option that does not fit the teacher."""
-    if args.sigmoid and kind != "cross_encoder":
-        raise ValueError(f"--sigmoid is for cross-encoders; {args.teacher} is an embedder, whose scores are cosines")
-    if args.batch_size is not None and kind == "embedder":
-        raise ValueError("--batch-size is for sentence-transformers models; this embedder packs by tokens")
+    if args.sigmoid and kind not in READS_PAIRS:
+        raise ValueError(
+            f"--sigmoid is for cross-encoders and rerankers; {args.teacher} is an embedder, whose scores are cosines"
+        )
+    if args.batch_size is not None and kind in PACKS_TOKENS:
+        raise ValueError(f"--batch-size is for sentence-transformers models; this {kind} packs by tokens: leave it out")
     if args.batch_size is not None and args.batch_size < 1:
         raise ValueError(f"--batch-size {args.batch_size} must be at least 1")
 
@@ -147,10 +168,13 @@ def score_table(store: TokenStore, report: Mapping[str, Any]) -> str:
         counts.append([name, *numbers, *spread, first])
         if d["entropy"]:
             shares.append([name, *(f"{d['entropy'][str(t)]:.3f}" for t in TEMPERATURES)])
-    unit = "pairs" if report["kind"] == "cross_encoder" else "texts"
+    unit = "pairs" if report["kind"] in READS_PAIRS else "texts"
     limit = report["max_tokens"]
     limits = ", ".join(f"{side} {n}" for side, n in limit.items()) if isinstance(limit, dict) else f"pair {limit}"
     note = f"scale: {report['scale']}; read: distinct {unit}; cut: longer than the teacher's limit (tokens: {limits})"
+    if report["kind"] == "reranker":
+        asked = ", ".join(f"{name} {report['relations'][name]}" for name in report["datasets"])
+        note += f"\n{Reduction(report['exit_layer'], report['compress_ratio'])}; asked: {asked}"
     return "\n".join([align(counts, num_left=1), note, align(shares, num_left=1)])
 
 

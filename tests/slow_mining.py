@@ -21,7 +21,7 @@ class SlowResult:
     candidates: int
     ranks: list[int]  # of the best positive, 0: not reached
     lowest: list[float]
-    seen_by_teacher: int
+    seen_by_teacher: list[tuple[str, str]]  # queries with candidates
 
 
 def inner_product(query_D: np.ndarray, text_D: np.ndarray) -> np.float32:
@@ -53,7 +53,7 @@ def mine_slowly(
         query_score: (row, row) -> the same for two queries.
     """
     corpus = sorted({text for row in pool for text in (*row["pos"], *row["neg"])}, key=ids.__getitem__)
-    result = SlowResult([], [], {}, 0, [], [], 0)
+    result = SlowResult([], [], {}, 0, [], [], [])
     for n, row in enumerate(rows):
         scores = {text: score(row, text) for text in corpus}
         ranked = [t for t in corpus if scores[t] is not None and t != row["query"]]
@@ -77,7 +77,7 @@ def mine_slowly(
             if len(drawn) == options.num_negatives:
                 break
             if teacher is not None:
-                result.seen_by_teacher += 1
+                result.seen_by_teacher.append((row["query"], text))
                 worst = min(teacher(row["query"], p) for p in row["pos"])
                 if teacher(row["query"], text) > worst - (1 - options.teacher_ratio) * abs(worst):
                     continue

@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import math
 import os
 import shutil
 import signal
@@ -18,11 +19,14 @@ import numpy as np
 import pytest
 from samples import REPOSITORY
 from slow_mining import SlowResult, inner_product, mine_slowly
+from test_embedder import change_json
+from test_lightweight_reranker import own  # noqa: F401
 from tiny_encoders import make_cross_encoder, make_minable_run, make_sentence_model
 
 from pipeline.data.columns import open_columns
 from pipeline.data.raw_rows import raw_row
 from pipeline.data.store import DatasetTable, TokenStore, open_store
+from pipeline.inference.reranker import LightweightReranker
 from pipeline.mine_negatives import main
 from pipeline.mining import dataset as stages
 from pipeline.mining.options import MiningOptions
@@ -53,6 +57,14 @@ def ready(tmp_path_factory: pytest.TempPathFactory) -> Ready:
     assert preprocess(["--config", str(recipe), "--processes", "1"]) == 0
     model, teacher = make_sentence_model(folder / "sentence-model"), make_cross_encoder(folder / "teacher")
     return Ready(recipe, model, teacher, open_store(load_settings(recipe).data.store))
+
+
+@pytest.fixture(scope="module")
+def reranker(own: tuple[Path, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
+    """A run folder with a random reranker, for whose limit some pairs are too long."""
+    run = shutil.copytree(own[0], tmp_path_factory.mktemp("reranker") / "run")
+    change_json(run / "model/reranker.json", max_pair_tokens=56)
+    return run
 
 
 @pytest.fixture(scope="module")
@@ -177,34 +189,45 @@ def test_corpus_of_all_datasets_of_the_type_and_kept_negatives(ready: Ready, tmp
     assert_same(ready, tmp_path / "out", "normal", slow, keep=True)
 
 
-def test_teacher_removes_what_it_scores_too_high(ready: Ready, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["cross-encoder", "reranker"])
+def test_teacher_removes_what_it_scores_too_high(
+    ready: Ready,
+    reranker: Path,
+    kind: str,
+    tmp_path: Path,
+) -> None:
     from sentence_transformers import CrossEncoder
 
-    model = CrossEncoder(str(ready.teacher), device="cpu")
+    folder = reranker if kind == "reranker" else ready.teacher
+    model = LightweightReranker(folder, show_progress=False) if kind == "reranker" else CrossEncoder(str(folder))
 
     @cache
     def teacher(query: str, text: str) -> float:
-        return float(model.predict([(query, text)], show_progress_bar=False)[0])
+        if isinstance(model, CrossEncoder):
+            return float(model.predict([(query, text)], show_progress_bar=False)[0])
+        logit = float(model.score([(query, text)], exit_layer=3, compress_ratio=2, relation="p-p")[0])
+        return 1 / (1 + math.exp(-logit))
 
-    more = [
-        "--teacher",
-        str(ready.teacher),
-        "--teacher-ratio",
-        "0.9",
-        "--dataset",
-        "symmetric_sts",
-        "--max-ratio",
-        "none",
-    ]
-    assert main(ready.command(tmp_path / "out", *WINDOW, *more)) == 0
+    more = ["--teacher", str(folder), "--teacher-ratio", "0.9", "--dataset", "symmetric_sts", "--max-ratio", "none"]
+    light = ["--exit-layer", "3", "--compress-ratio", "2"] if kind == "reranker" else []
+    assert main(ready.command(tmp_path / "out", *WINDOW, *more, *light)) == 0
     options = MiningOptions(3, 40, 5, max_ratio=None, teacher="x", teacher_ratio=0.9, num_nearest=6)
     slow = slow_result(ready, tmp_path / "out", "symmetric_sts", options, teacher)
     assert_same(ready, tmp_path / "out", "symmetric_sts", slow)
     counts = report_of(tmp_path / "out", "symmetric_sts")["teacher"]
-    assert counts["seen"] == slow.seen_by_teacher and counts["removed"] == counts["seen"] - sum(
+    assert counts["seen"] == len(slow.seen_by_teacher) and counts["removed"] == counts["seen"] - sum(
         map(len, slow.negatives)
     )
     assert 0 < counts["removed"] < counts["seen"]
+    if kind == "reranker":
+        rows = raw_rows(ready.store, table_of(ready.store, "symmetric_sts"))
+        pairs = [*slow.seen_by_teacher, *((row["query"], text) for row in rows for text in row["pos"])]
+        num_cut = sum(pair.passage_was_cut for pair in model.compose(pairs, "p-p"))
+        assert (counts["exit_layer"], counts["compress_ratio"], counts["pairs_cut"]) == (3, 2, num_cut) and num_cut
+        assert f"it cut {num_cut:,} pairs" in (tmp_path / "out/report.md").read_text()
+        assert "the teacher (exit layer 3, compress ratio 2) read" in (tmp_path / "out/report.md").read_text()
+        record = json.loads((tmp_path / "out/settings.json").read_text())["options"]
+        assert (record["teacher"]["exit_layer"], record["relations"]["symmetric_sts"]) == (3, "p-p")
 
 
 def test_words_are_those_of_the_slow_twin(ready: Ready, tmp_path: Path) -> None:
@@ -304,11 +327,11 @@ def test_next_recipe_reads_what_was_mined(ready: Ready, mined: Path, tmp_path: P
 def test_own_model_embeds_queries_with_instruction_and_wraps_passages_of_symmetric_types(
     ready: Ready, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pipeline.inference import embedder as own
+    from pipeline.inference import embedder as embedding
     from pipeline.inference.embedder import load_base_embedder
 
     base = load_base_embedder(load_settings(ready.recipe), show_progress=False)
-    monkeypatch.setattr(own, "load_embedder", lambda folder, show_progress: base)
+    monkeypatch.setattr(embedding, "load_embedder", lambda folder, show_progress: base)
     (tmp_path / "run/model").mkdir(parents=True)
     (tmp_path / "run/model/embedder.json").write_text("{}")
     names = ["--dataset", "normal", "--dataset", "symmetric_clustering"]
@@ -452,6 +475,10 @@ def test_another_model_is_refused_and_overwrite_embeds_anew(
         (["--margin", "2"], "--margin 2.0 must be below 2"),
         (["--max-score", "7"], "--max-score 7.0 must lie in -1..1"),
         (["--max-score", "nan"], "--max-score nan must be a finite number"),
+        (["--embedder", "{reranker}"], "holds a reranker, which gives no embeddings"),
+        (["--exit-layer", "3"], "--exit-layer is for a reranker as --teacher, which is not given"),
+        (["--teacher", "{teacher}", "--compress-ratio", "2"], "--compress-ratio is for rerankers; --teacher "),
+        (["--teacher", "{reranker}", "--exit-layer", "5"], "exit_layer=5 is none of the layers 2 to 4 of this model"),
         (["--teacher-ratio", "0"], "--teacher-ratio 0.0 must lie in 0..1"),
         (["--nearest", "-1"], "--nearest -1 must be 0"),
         (["--shard-texts", "0"], "--shard-texts 0 must be at least 1"),
@@ -464,10 +491,15 @@ def test_another_model_is_refused_and_overwrite_embeds_anew(
     ],
 )
 def test_faults_have_one_message(
-    ready: Ready, tmp_path: Path, capsys: pytest.CaptureFixture[str], more: list[str], message: str
+    ready: Ready,
+    reranker: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    more: list[str],
+    message: str,
 ) -> None:
     (tmp_path / "file").write_text("mine")
-    arguments = [word.format(tmp=tmp_path, teacher=ready.teacher) for word in more]
+    arguments = [word.format(tmp=tmp_path, teacher=ready.teacher, reranker=reranker) for word in more]
     assert main(ready.command(tmp_path / "out", *arguments)) == 2
     found = capsys.readouterr().err
     assert found.startswith("error: ") and message in found and found.count("\n") == 1

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pipeline.data.packing import deal
-from pipeline.data.pair_steps import RELATIONS, compose_pairs, pack_pairs
+from pipeline.data.pair_steps import RELATIONS, choose_relations, compose_pairs, pack_pairs
 from pipeline.data.pairs import load_pair_tokenizer
 from pipeline.data.sampling import make_schedule, plan_step
 from pipeline.data.store import open_store
@@ -53,6 +53,20 @@ def test_every_task_type_has_a_question_and_an_unknown_one_is_refused(plans):
     store, pt, found = plans
     with pytest.raises(ValueError, match="relation='x-y' is unknown"):
         compose_pairs(store, pt, found["normal"], "x-y", 100)
+
+
+def test_a_datasets_question_is_its_entrys_else_its_types(tiny_store):
+    recipe, folder = tiny_store
+    settings, store = load_settings(recipe), open_store(folder)
+    by_type = {table.name: RELATIONS[table.task_type] for table in store.datasets}
+    assert choose_relations(store, settings) == by_type and len(set(by_type.values())) > 1
+    first, *others = settings.data.datasets
+    for entries, wanted in (
+        ((dataclasses.replace(first, relation="q-q"), *others), "q-q"),
+        (others, by_type[first.name]),
+    ):
+        changed = dataclasses.replace(settings, data=dataclasses.replace(settings.data, datasets=tuple(entries)))
+        assert choose_relations(store, changed) == by_type | {first.name: wanted}
 
 
 @pytest.mark.parametrize("world_size", [1, 3])

@@ -20,6 +20,8 @@ import pytest
 import torch
 from fake_store import make_store
 from launching import REPOSITORY, environment
+from test_embedder import change_json
+from test_lightweight_reranker import own, published  # noqa: F401
 from tiny_run import WORDS
 from tokenizers import ByteLevelBPETokenizer
 from transformers import (
@@ -35,15 +37,18 @@ from pipeline.data import columns
 from pipeline.data.store import open_store
 from pipeline.data.teacher_groups import group_entropy
 from pipeline.files import locked
-from pipeline.mining import models
+from pipeline.inference.reranker import LightweightReranker
+from pipeline.mining import kinds
 from pipeline.mining.folder import folder_digest, own_folder
-from pipeline.mining.models import find_kind
+from pipeline.mining.kinds import find_kind
 from pipeline.mining.scoring import TEMPERATURES, Scores, describe
 from pipeline.preprocess import main as preprocess
+from pipeline.prompts import BGE_RERANKER, render_pair
 from pipeline.score_rows import judge, main, parse_arguments, score_rows
 from pipeline.settings import dump_settings, load_settings
 
 LIMIT = 48  # tokens: some pairs and texts of the tiny data are longer
+PAIR_LIMIT = 56  # of a reranker
 KILLED_AT = 3
 
 
@@ -119,6 +124,14 @@ def embedder(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     weights = {name: {"weight": p.detach() + 0.1} for name, p in trainable_parameters(encoder).items()}
     run = tmp_path_factory.mktemp("run")
     save_model(run / "model", encoder, weights, base.tokenizer, settings, SimpleNamespace(datasets=()), "")
+    return run
+
+
+@pytest.fixture(scope="module")
+def reranker(own: tuple[Path, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
+    """A run folder with a random reranker of exits 2 to 4, for whose limit some pairs are too long."""
+    run = shutil.copytree(own[0], tmp_path_factory.mktemp("reranker") / "run")
+    change_json(run / "model/reranker.json", max_pair_tokens=PAIR_LIMIT)
     return run
 
 
@@ -233,6 +246,90 @@ def test_an_own_embedder_gives_cosines(recipe: Path, embedder: Path, tmp_path: P
             assert row["pos_scores"] + row["neg_scores"] == pytest.approx((passages_PD @ query_D).tolist(), abs=1e-5)
 
 
+def asking(recipe: Path, out: Path, **relations: str) -> Path:
+    """The recipe with a question for these datasets."""
+    settings = load_settings(recipe)
+    entries = (dataclasses.replace(d, relation=relations.get(d.name, "")) for d in settings.data.datasets)
+    data = dataclasses.replace(settings.data, datasets=tuple(entries))
+    out.write_text(dump_settings(dataclasses.replace(settings, data=data)))
+    return out
+
+
+def is_cut(model: LightweightReranker, query: str, passage: str, relation: str) -> bool:
+    """Whether the whole text of a pair has more tokens than the model reads."""
+    text = render_pair(BGE_RERANKER, query, passage, BGE_RERANKER.prompt(relation))
+    return len([*model.tokenizer.bos, *model.tokenizer.encoder.tokenizer.encode(text).ids]) > PAIR_LIMIT
+
+
+def test_a_reranker_is_asked_what_recipe_or_type_say(recipe: Path, reranker: Path, tmp_path: Path) -> None:
+    wanted = {"normal": "q-p", "symmetric_sts": "p-p", "only_1neg": "arguana"}
+    named = asking(recipe, tmp_path / "recipe.yaml", only_1neg="arguana")
+    report = run_score(named, reranker, tmp_path / "out", *(f"--dataset={name}" for name in wanted))
+    assert (report["kind"], report["scale"], report["max_tokens"]) == ("reranker", "logits", PAIR_LIMIT)
+    assert wanted.items() <= report["relations"].items()
+    model = LightweightReranker(reranker, show_progress=False)
+    for name, relation in wanted.items():
+        found = {
+            (row["query"], passage): score
+            for row in rows_of(tmp_path / f"out/{name}.jsonl")
+            for passage, score in zip(row["pos"] + row["neg"], row["pos_scores"] + row["neg_scores"], strict=True)
+        }
+        for pair, score in list(found.items())[::3]:
+            assert score == pytest.approx(float(model.score([pair], relation=relation)[0]), abs=2e-5)
+        num_cut = sum(is_cut(model, *pair, relation) for pair in found)
+        counts = report["datasets"][name]
+        assert (counts["scored"], counts["truncated"]) == (len(found), num_cut) and 0 < num_cut < len(found)
+
+
+def test_a_reranker_at_a_depth_and_width_squashed(recipe: Path, reranker: Path, tmp_path: Path) -> None:
+    more = ["--dataset", "normal", "--sigmoid", "--exit-layer", "3", "--compress-ratio", "4"]
+    report = run_score(recipe, reranker, tmp_path / "out", *more)
+    assert (report["scale"], report["exit_layer"], report["compress_ratio"]) == ("sigmoid", 3, 4)
+    model = LightweightReranker(reranker, show_progress=False)
+    for row in rows_of(tmp_path / "out/normal.jsonl")[::4]:
+        for passage, score in zip(row["pos"] + row["neg"], row["pos_scores"] + row["neg_scores"], strict=True):
+            logit = float(model.score([(row["query"], passage)], exit_layer=3, compress_ratio=4)[0])
+            assert score == pytest.approx(1 / (1 + math.exp(-logit)), abs=1e-5)
+
+
+def test_the_published_layout_scores(
+    recipe: Path,
+    published: tuple[Path, Any],  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    report = run_score(recipe, published[0], tmp_path / "out", "--dataset", "normal", "--exit-layer", "3")
+    assert (report["kind"], report["exit_layer"], report["max_tokens"]) == ("reranker", 3, 512)
+    model = LightweightReranker(published[0], show_progress=False)
+    row = rows_of(tmp_path / "out/normal.jsonl")[0]
+    pairs = [(row["query"], passage) for passage in row["pos"] + row["neg"]]
+    assert row["pos_scores"] + row["neg_scores"] == pytest.approx(model.score(pairs, 3).tolist(), abs=2e-5)
+
+
+def test_an_interrupted_reranker_goes_on_to_the_same_bytes(
+    recipe: Path, reranker: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def score(out: str) -> None:
+        arguments = ["--config", str(recipe), "--teacher", str(reranker), "--out", str(tmp_path / out)]
+        score_rows(parse_arguments([*arguments, "--dataset", "normal"]), block_items=16)
+
+    written, write = [], columns.write_atomic
+
+    def stop_at_last(path: Path, fill: Any) -> None:
+        written.append(path.name)
+        if len(written) == KILLED_AT:
+            raise KeyboardInterrupt
+        write(path, fill)
+
+    monkeypatch.setattr(columns, "write_atomic", stop_at_last)
+    with pytest.raises(KeyboardInterrupt):
+        score("cut")
+    score("cut")
+    assert written.count("block-000002.safetensors") == 2 and len(written) == len(set(written)) + 1
+    score("whole")
+    for name in ("normal.jsonl", "scores.json", "settings.json"):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "cut" / name).read_bytes()
+
+
 def test_the_written_recipe_makes_a_store_with_the_scores(
     recipe: Path, sentence_transformer: Path, tmp_path: Path
 ) -> None:
@@ -331,6 +428,24 @@ def test_scores_of_another_teacher_are_not_mixed(
     assert not (tmp_path / "out/normal.jsonl").exists(), "scores of two scales in one folder"
 
 
+def test_a_reranker_that_is_run_or_asked_otherwise_is_not_mixed(
+    recipe: Path, reranker: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_score(recipe, reranker, tmp_path / "out", "--dataset", "symmetric_class", "--exit-layer", "3")
+    again = ["--teacher", str(reranker), "--out", str(tmp_path / "out"), "--config"]
+    for more, message in (
+        ([str(recipe)], "  scores.teacher.exit_layer: there 3, now None\n"),
+        ([str(recipe), "--exit-layer=3", "--compress-ratio=2"], "  scores.teacher.compress_ratio: there 1, now 2\n"),
+        (
+            [str(asking(recipe, tmp_path / "recipe.yaml", symmetric_class="q-q")), "--exit-layer=3"],
+            "  scores.relations.symmetric_class: there q-p, now q-q\n",
+        ),
+    ):
+        assert main([*again, *more]) == 2
+        found = capsys.readouterr().err
+        assert message in found and found.count("there ") == 1
+
+
 def test_what_decides_last_bits_is_recorded(
     recipe: Path,
     cross_encoder: Path,
@@ -341,7 +456,7 @@ def test_what_decides_last_bits_is_recorded(
     run_score(recipe, cross_encoder, tmp_path / "out", "--dataset", "normal")
     again = ["--config", str(recipe), "--teacher", str(cross_encoder), "--out", str(tmp_path / "out")]
     with monkeypatch.context() as patch:
-        patch.setattr(models, "version", lambda package: "9.9")
+        patch.setattr(kinds, "version", lambda package: "9.9")
         patch.setattr(torch.cuda, "is_available", lambda: True)
         patch.setattr(torch.cuda, "get_device_name", lambda: "H100")
         assert main(again) == 2
@@ -419,16 +534,17 @@ store = make_store({"d": ("normal", rows)})
 table = store.datasets[0]
 def embed(texts, instruction, as_query):
     return np.array([[len(t), sum(map(ord, t))] for t in texts], np.float32), np.array([t == "q7" for t in texts])
-def score(queries, passages):
+def score(queries, passages, relation):
+    assert relation == "p-p"
     return (embed(queries, "", True)[0] * embed(passages, "", False)[0]).sum(1)[:, None], embed(queries, "", True)[1]
 resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))
 teachers = PairModel("cross_encoder", "logits", None, score), TextModel("embedder", "cosine", {}, False, embed)
 for teacher, items, cut in zip(teachers, (300, 301), (3, 1)):
-    found = score_dataset(store, table, teacher, Path(sys.argv[1]) / teacher.kind, False, 2)
+    found = score_dataset(store, table, "p-p", teacher, Path(sys.argv[1]) / teacher.kind, False, 2)
     assert (found.num_items, found.num_cut) == (items, cut)
     for side, text in ((found.pos_score, table.pos_text), (found.neg_score, table.neg_text)):
         query = np.repeat(table.query_text_N, len(text) // 100).tolist()
-        wanted = score([store.text(i) for i in query], [store.text(i) for i in text.tolist()])[0][:, 0]
+        wanted = score([store.text(i) for i in query], [store.text(i) for i in text.tolist()], "p-p")[0][:, 0]
         assert np.array_equal(side, wanted)
 """
 
@@ -503,6 +619,13 @@ def test_warnings(entropy: dict[str, float] | None, temperature: float, words: s
         (["--teacher", "{bi}", "--sigmoid"], "--sigmoid is for cross-encoders"),
         (["--teacher", "{bi}", "--batch-size", "0"], "--batch-size 0 must be at least 1"),
         (["--teacher", "{own}", "--batch-size", "8"], "--batch-size is for sentence-transformers models"),
+        (["--teacher", "{rr}", "--batch-size", "8"], "this reranker packs by tokens: leave it out"),
+        (["--teacher", "{rr}", "--exit-layer", "1"], "exit_layer=1 is none of the layers 2 to 4 of this model"),
+        (["--teacher", "{rr}", "--exit-layer", "5"], "exit_layer=5 is none of the layers 2 to 4 of this model"),
+        (["--teacher", "{rr}", "--compress-ratio", "0"], "compress_ratio=0 must be 1 (no tokens are merged) or more"),
+        (["--teacher", "{published}", "--exit-layer", "1"], "exit_layer=1 is none of the layers 2 to 4 of this model"),
+        (["--teacher", "{cross}", "--exit-layer", "3"], "--exit-layer is for rerankers; --teacher "),
+        (["--teacher", "{own}", "--compress-ratio", "2"], "--compress-ratio is for rerankers; --teacher "),
         (["--teacher", "{bi}", "--dataset", "nq"], "--dataset nq: the store"),
     ],
 )
@@ -510,17 +633,22 @@ def test_user_errors(
     arguments: list[str],
     message: str,
     recipe: Path,
+    cross_encoder: Path,
     sentence_transformer: Path,
     embedder: Path,
+    reranker: Path,
+    published: tuple[Path, Any],  # noqa: F811
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     (tmp_path / "empty").mkdir()
     two = write_bert(tmp_path / "two", 2) if "{two}" in arguments else ""
     names = {"empty": tmp_path / "empty", "two": two, "bi": sentence_transformer, "own": embedder}
+    names |= {"cross": cross_encoder, "rr": reranker, "published": published[0]}
     filled = [argument.format(**names) for argument in arguments]
     assert main(["--config", str(recipe), "--out", str(tmp_path / "out"), *filled]) == 2
-    assert message in capsys.readouterr().err
+    found = capsys.readouterr().err
+    assert found.startswith("error: ") and message in found and found.count("\n") == 1
 
 
 def test_scores_that_are_not_finite_are_an_error(
@@ -536,8 +664,14 @@ def test_scores_that_are_not_finite_are_an_error(
     assert not (tmp_path / "out/normal.jsonl").exists()
 
 
-def test_kinds(cross_encoder: Path, sentence_transformer: Path, embedder: Path) -> None:
-    kinds = [
-        find_kind(path, "--teacher") for path in (cross_encoder, sentence_transformer, embedder, embedder / "model")
-    ]
-    assert kinds == ["cross_encoder", "sentence_transformer", "embedder", "embedder"]
+def test_kinds(
+    cross_encoder: Path,
+    sentence_transformer: Path,
+    embedder: Path,
+    reranker: Path,
+    published: tuple[Path, Any],  # noqa: F811
+) -> None:
+    paths = (cross_encoder, sentence_transformer, embedder, embedder / "model")
+    kinds = ["cross_encoder", "sentence_transformer", "embedder", "embedder"]
+    assert [find_kind(path, "--teacher") for path in paths] == kinds
+    assert {find_kind(path, "--teacher") for path in (reranker, reranker / "model", published[0])} == {"reranker"}

@@ -20,6 +20,7 @@ from pipeline.datatypes import BatchPlan, PairChunk
 
 if TYPE_CHECKING:
     from pipeline.data.store import TokenStore
+    from pipeline.settings import Settings
 
 # What is asked of a task type's pairs where the recipe names nothing (the paper's prompts, appendix D). The paper
 # trains on retrieval alone; of its questions these are the nearest for the others.
@@ -32,6 +33,12 @@ RELATIONS = {
 }
 RATIOS = (1, 2, 4, 8)
 _WIDTH = 201  # purpose of a key; others stand in sampling.py and schedule.py
+
+
+def choose_relations(store: TokenStore, settings: Settings) -> dict[str, str]:
+    """Dataset -> what is asked of its pairs: what its entry of the recipe says, else what its task type does."""
+    asked = {d.name: d.relation for d in settings.data.datasets}
+    return {table.name: asked.get(table.entry) or RELATIONS[table.task_type] for table in store.datasets}
 
 
 def draw_width(seed: int, step: int, merge_layers: Sequence[int]) -> tuple[tuple[int, ...], int]:

@@ -13,6 +13,7 @@ from pipeline.prompts import Template
 from pipeline.settings import ModelSettings
 
 DESCRIPTION_FILE = "embedder.json"
+RERANKER_FILE, PUBLISHED_RERANKER = "reranker.json", "cost_wise_gemma"  # of reranker_files.py; a model type
 
 
 @dataclass(frozen=True)

@@ -26,17 +26,16 @@ from transformers import Gemma2Config
 
 from pipeline.data.pairs import PairTokenizer, load_pair_tokenizer
 from pipeline.files import file_sha256, replaced_folder
-from pipeline.inference.description import DESCRIPTION_FILE
+from pipeline.inference.description import DESCRIPTION_FILE, PUBLISHED_RERANKER, RERANKER_FILE
 from pipeline.inference.loading import read_config, require_all_weights, require_base, saved_dtype
 from pipeline.inference.saving import save_adapter, write_json
 from pipeline.model.base import read_row
 from pipeline.model.encoder import load_adapter, load_decoder
-from pipeline.model.reranker import FIRST_EXIT, Reranker
+from pipeline.model.reranker import FIRST_EXIT, Reranker, check_reduction
 from pipeline.prompts import BGE_RERANKER, PairTemplate
 from pipeline.settings import ModelSettings
 
-RERANKER_FILE, HEADS_FILE = "reranker.json", "heads.safetensors"
-_PUBLISHED_TYPE = "cost_wise_gemma"
+HEADS_FILE = "heads.safetensors"
 MAX_PAIR_TOKENS = 512  # the official code's default
 
 
@@ -111,10 +110,10 @@ def read_reranker(folder: Path) -> tuple[RerankerDescription, PairTokenizer]:
     if (folder / DESCRIPTION_FILE).is_file():
         raise ValueError(f"{folder} is an embedder ({DESCRIPTION_FILE}), not a reranker; load_embedder takes it")
     config = read_config(folder) if (folder / "config.json").is_file() else {}
-    if config.get("model_type") != _PUBLISHED_TYPE:
+    if config.get("model_type") != PUBLISHED_RERANKER:
         raise ValueError(
             f"{folder} is no reranker: {RERANKER_FILE} is missing, and it has not the layout of "
-            f"BAAI/bge-reranker-v2.5-gemma2-lightweight (model_type {_PUBLISHED_TYPE!r} in config.json)"
+            f"BAAI/bge-reranker-v2.5-gemma2-lightweight (model_type {PUBLISHED_RERANKER!r} in config.json)"
         )
     return _describe_published(folder, config)
 
@@ -145,6 +144,24 @@ def load_reranker_weights(folder: Path, description: RerankerDescription, device
         reranker = Reranker(load_decoder(model, device_type=device.type), heads_HD, description.first_exit)
         load_adapter(reranker, folder)
     return reranker.to(device).eval()
+
+
+def require_reduction(folder: Path, exit_layer: int | None, compress_ratio: int) -> None:
+    """Refuse what `LightweightReranker.score` would refuse of a folder's reranker, without loading that.
+
+    Raises:
+        ValueError: a depth or width that the model has not; as `read_reranker`.
+    """
+    description, _ = read_reranker(folder)
+    if (folder / HEADS_FILE).is_file():
+        last_exit = description.first_exit + len(_read_heads(folder / HEADS_FILE)) - 1
+    else:
+        last_exit = _gemma_config(read_config(folder)).num_hidden_layers
+    exits = range(description.first_exit, last_exit + 1)
+    layers = description.compress_layers if compress_ratio != 1 else ()
+    check_reduction(exits, last_exit if exit_layer is None else exit_layer, layers, compress_ratio)
+    if compress_ratio > 1 and not layers:
+        raise ValueError(f"compress_ratio={compress_ratio}, but the model has no layers to compress at; leave it out")
 
 
 def _read_heads(file: Path) -> Tensor:

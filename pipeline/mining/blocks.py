@@ -20,7 +20,8 @@ from pipeline.mining.search import DenseIndex, Ranking, WordIndex
 SHOWN_RANKS = (1, 10, 50, 100)  # whose scores the report shows
 
 Index = DenseIndex | WordIndex
-Teacher = Callable[[list[tuple[int, int]]], np.ndarray]  # (query, passage) text ids -> scores, float32
+# (query, passage) text ids -> float32 [N], and bool [N]: longer than the teacher reads
+Teacher = Callable[[Sequence[tuple[int, int]]], tuple[np.ndarray, np.ndarray]]
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class MinedBlock:
     rank_score_BR: np.ndarray  # float32, at SHOWN_RANKS; NaN where the ranking ends before
     num_candidates_B: np.ndarray  # int64, texts in the window
     removed_R: np.ndarray  # int64, candidates by REASONS
-    teacher_counts: np.ndarray  # int64 [2], candidates that the teacher saw and removed
+    teacher_counts: np.ndarray  # int64 [3], candidates that the teacher saw and removed; pairs that it cut
     nearest_offsets: np.ndarray  # int64, B + 1
     nearest_row_M: np.ndarray  # int64, row numbers, best first
     nearest_score_B: np.ndarray  # float32, of the best neighbour; NaN: none
@@ -154,25 +155,31 @@ def _row_texts(table: DatasetTable, row: int, keep_negatives: bool) -> RowTexts:
 
 
 def _draw(source: MiningInput, row_B: np.ndarray, kept: Sequence[Candidates]) -> tuple[list[np.ndarray], np.ndarray]:
-    """(text ids of the chosen negatives of each row, how many the teacher saw and removed)."""
+    """(text ids of the chosen negatives of each row, `teacher_counts`)."""
     table, options = source.table, source.options
     order = [
         texts[drawing_order(row, table.name, len(texts), options.seed)]
         for row, (texts, _) in zip(row_B.tolist(), kept, strict=True)
     ]
     if source.teacher is None:
-        return [texts[: options.num_negatives] for texts in order], np.zeros(2, dtype=np.int64)
-    teacher, query_B = source.teacher, table.query_text_N[row_B]
+        return [texts[: options.num_negatives] for texts in order], np.zeros(3, dtype=np.int64)
+    teacher, query_B, cuts = source.teacher, table.query_text_N[row_B], []
+
+    def score(pairs: list[tuple[int, int]]) -> np.ndarray:
+        scores_N, cut_N = teacher(pairs)
+        cuts.append(int(cut_N.sum()))
+        return scores_N
+
     offsets = table.pos_offsets[row_B[0] : row_B[-1] + 2]
     query_E = np.repeat(query_B, np.diff(offsets))
     positive_E = table.pos_text[offsets[0] : offsets[-1]]
-    score_E = teacher(list(zip(query_E.tolist(), positive_E.tolist(), strict=True)))
+    score_E = score(list(zip(query_E.tolist(), positive_E.tolist(), strict=True)))
     lowest_B = np.minimum.reduceat(score_E, offsets[:-1] - offsets[0])
     limit = [limit_below(score, options.teacher_ratio) for score in lowest_B.tolist()]
     chosen, seen, removed = draw_with_teacher(
-        order, options.num_negatives, limit, lambda pairs: teacher([(int(query_B[b]), text) for b, text in pairs])
+        order, options.num_negatives, limit, lambda pairs: score([(int(query_B[b]), text) for b, text in pairs])
     )
-    return chosen, np.array([seen, removed], dtype=np.int64)
+    return chosen, np.array([seen, removed, sum(cuts)], dtype=np.int64)
 
 
 def _hardest_first(chosen: np.ndarray, text_K: np.ndarray, score_K: np.ndarray) -> Candidates:

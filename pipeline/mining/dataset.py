@@ -1,5 +1,6 @@
 """One dataset from the store to rows with mined negatives: embed, search, judge, write. Each stage can be resumed."""
 
+import functools
 import json
 import logging
 import shutil
@@ -16,10 +17,10 @@ from pipeline.data.store import DatasetTable, TokenStore
 from pipeline.datatypes import RULES
 from pipeline.files import safe_name, write_text
 from pipeline.mining.block_store import Scored, StoredBlocks, fill_blocks
-from pipeline.mining.blocks import Index, MinedBlock, MiningInput, Teacher, load_block, mine_block, save_block
+from pipeline.mining.blocks import Index, MinedBlock, MiningInput, load_block, mine_block, save_block
 from pipeline.mining.corpus import Queries, corpus_texts, distinct_queries, find_copies, relate
 from pipeline.mining.folder import progress_bar
-from pipeline.mining.models import TextModel, embed_texts
+from pipeline.mining.models import Judge, TextModel, embed_texts
 from pipeline.mining.options import BM25, MiningOptions
 from pipeline.mining.report import Report, dataset_report, plot_scores
 from pipeline.mining.search import DenseIndex, index_words
@@ -39,14 +40,17 @@ class MiningRun:
     embedder: str
     wraps_passages: bool  # passages of types that are wrapped in training are encoded as queries are
     load_encoder: Callable[[], TextModel]
-    load_teacher: Callable[[], Teacher] | None
+    load_teacher: Callable[[], Judge] | None
     shard_texts: int
     bars: bool
     block_rows: int = BLOCK_ROWS
 
 
-def mine_dataset(run: MiningRun, table: DatasetTable) -> Report:
+def mine_dataset(run: MiningRun, table: DatasetTable, relation: str) -> Report:
     """Mine one dataset, or read what was mined before: writes its rows, plot and report, returns the report.
+
+    Args:
+        relation: what a teacher that is a reranker is asked of the pairs.
 
     Raises:
         ValueError: its passages are wrapped with more than one instruction, no text holds a word (BM25), or a model
@@ -55,7 +59,7 @@ def mine_dataset(run: MiningRun, table: DatasetTable) -> Report:
     name = safe_name(table.name)
     rows_path, report_path = run.out / rows_file(table.name), run.out / "work/reports" / f"{name}.json"
     if not (rows_path.is_file() and report_path.is_file()):
-        source = _prepare(run, table)
+        source = _prepare(run, table, relation)
         paths = _mine_blocks(run, source)
         light = [_without_texts(load_block(path)) for path in paths]
         report_path.parent.mkdir(parents=True, exist_ok=True)
@@ -72,7 +76,7 @@ def finished_reports(out: Path, store: TokenStore) -> list[Report]:
     return [json.loads((out / "work/reports" / f"{name}.json").read_text(encoding="utf-8")) for name in done]
 
 
-def _prepare(run: MiningRun, table: DatasetTable) -> MiningInput:
+def _prepare(run: MiningRun, table: DatasetTable, relation: str) -> MiningInput:
     """The corpus, relations and search indexes of a dataset; embeds what is not embedded yet."""
     store, options = run.store, run.options
     pooled = options.corpus == "type"
@@ -93,7 +97,7 @@ def _prepare(run: MiningRun, table: DatasetTable) -> MiningInput:
         neighbours=neighbours,
         relations=relate(tables, corpus_C, store.num_texts),
         copies=find_copies(store, np.union1d(corpus_C, queries.text_Q)),
-        teacher=run.load_teacher() if run.load_teacher is not None else None,
+        teacher=functools.partial(run.load_teacher(), relation) if run.load_teacher is not None else None,
         options=options,
     )
 

@@ -1,13 +1,10 @@
-"""Models that mine and score: a cross-encoder, a SentenceTransformer, or an embedder of this project.
+"""Models that mine and score: a cross-encoder or reranker, a SentenceTransformer, or an embedder of this project.
 
 N texts or pairs, D width.
 """
 
-import importlib.util
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -15,27 +12,29 @@ import numpy as np
 
 from pipeline.data.store import TokenStore
 from pipeline.data.tokenizing import tokenize_pieces
-from pipeline.inference.description import DESCRIPTION_FILE
-from pipeline.mining.block_store import BLOCK_ITEMS, Scored
-from pipeline.mining.folder import Record, folder_digest
+from pipeline.mining.block_store import Scored
+from pipeline.mining.kinds import BATCH_SIZE, Kind, find_kind
+from pipeline.mining.options import WHOLE, Reduction
 
 if TYPE_CHECKING:
     from sentence_transformers.base.model import BaseModel
 
     from pipeline.inference.embedder import FewShotEmbedder
 
-Kind = Literal["cross_encoder", "sentence_transformer", "embedder"]
-BATCH_SIZE = 32
+Judge = Callable[[str, Sequence[tuple[int, int]]], Scored]  # of a relation and (query, passage) text ids
 
 
 @dataclass(frozen=True)
 class PairModel:
-    """Reads query and passage together; `score(queries, passages)` gives D = 1. Knows no instruction."""
+    """Reads query and passage together; `score(queries, passages, relation)` gives D = 1. Knows no instruction.
+
+    The relation (pipeline/data/pair_steps.py) is what a reranker is asked of the pairs; it is lost on a cross-encoder.
+    """
 
     kind: Kind
     scale: Literal["logits", "sigmoid"]
     max_tokens: int | None
-    score: Callable[[Sequence[str], Sequence[str]], Scored]
+    score: Callable[[Sequence[str], Sequence[str], str], Scored]
 
 
 @dataclass(frozen=True)
@@ -49,86 +48,56 @@ class TextModel:
     embed: Callable[[Sequence[str], str, bool], Scored]
 
 
-def model_folder(path: Path) -> Path:
-    """The folder that holds the model: of a run its model/ folder."""
-    return path / "model" if (path / "model" / DESCRIPTION_FILE).is_file() else path
-
-
-def find_kind(path: Path, option: str) -> Kind:
-    """What kind of model a folder holds; ValueError (naming the option) where none is recognised or can be loaded."""
-    if not path.is_dir():
-        hint = f"hf download {path} --local-dir FOLDER, then {option} FOLDER"
-        raise ValueError(f"{option} {path}: no such folder; a model of the hub is fetched first: {hint}")
-    if (model_folder(path) / DESCRIPTION_FILE).is_file():
-        return "embedder"
-    saved_as = _read_json(path / "config_sentence_transformers.json").get("model_type", "SentenceTransformer")
-    architectures = _read_json(path / "config.json").get("architectures") or [""]
-    is_cross_encoder = saved_as == "CrossEncoder" or architectures[0].endswith("ForSequenceClassification")
-    if not is_cross_encoder and not ((path / "modules.json").is_file() and saved_as == "SentenceTransformer"):
-        raise ValueError(
-            f"{option} {path} holds neither a cross-encoder (config.json with a ...ForSequenceClassification model), "
-            "nor a SentenceTransformer (modules.json), nor an embedder of this project (a run's folder)"
-        )
-    if importlib.util.find_spec("sentence_transformers") is None:
-        raise ValueError("sentence-transformers is not installed; pip install 'bge-icl-train[mining]'")
-    return "cross_encoder" if is_cross_encoder else "sentence_transformer"
-
-
-def model_record(path: Path, kind: Kind, batch_size: int | None) -> Record:
-    """What decides a model's numbers to the last bit: its files, and how they are run."""
-    import torch
-
-    record: Record = {
-        "sha256": folder_digest(model_folder(path)),
-        "batch_size": None if kind == "embedder" else batch_size or BATCH_SIZE,
-        "block_items": BLOCK_ITEMS,
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-    }
-    packages = ("torch", "transformers") if kind == "embedder" else ("torch", "transformers", "sentence-transformers")
-    return record | {package: version(package) for package in packages}
-
-
-def load_model(path: Path, option: str, batch_size: int | None = None, sigmoid: bool = False) -> PairModel | TextModel:
+def load_model(
+    path: Path,
+    option: str,
+    batch_size: int | None = None,
+    sigmoid: bool = False,
+    reduction: Reduction = WHOLE,
+) -> PairModel | TextModel:
     """Load a model onto the GPU if there is one.
 
     Args:
         option: that named the folder, for messages.
         batch_size: pairs or texts of a forward pass of a sentence-transformers model (None: 32); ours packs by tokens.
-        sigmoid: squash a cross-encoder's logits to 0..1.
+        sigmoid: squash a cross-encoder's or reranker's logits to 0..1.
+        reduction: depth and width of a reranker.
 
     Raises:
-        ValueError: the folder holds no model, or one with several scores a pair.
+        ValueError: the folder holds no model, one with several scores a pair, or files that do not belong together.
     """
     kind = find_kind(path, option)
     if kind == "embedder":
         return _load_embedder(path)
     if kind == "cross_encoder":
         return _load_cross_encoder(path, option, sigmoid, batch_size or BATCH_SIZE)
+    if kind == "reranker":
+        return _load_reranker(path, sigmoid, reduction)
     return _load_sentence_transformer(path, batch_size or BATCH_SIZE)
 
 
 def load_text_model(path: Path, option: str, batch_size: int | None) -> TextModel:
-    """As `load_model`, of a folder that `find_kind` says holds no cross-encoder."""
+    """As `load_model`, of a folder that `find_kind` says holds nothing that reads pairs."""
     model = load_model(path, option, batch_size)
     assert isinstance(model, TextModel)
     return model
 
 
-def load_judge(path: Path, store: TokenStore, batch_size: int | None) -> Callable[[list[tuple[int, int]]], np.ndarray]:
-    """A cross-encoder's scores in 0..1 of (query, passage) pairs of text ids: float32 [N].
+def load_judge(path: Path, store: TokenStore, batch_size: int | None, reduction: Reduction) -> Judge:
+    """A cross-encoder or reranker that scores pairs in 0..1: float32 [N], and bool [N] as of `Scored`.
 
     Raises:
         ValueError: it gives several scores a pair, or (later) what is not finite.
     """
-    teacher = load_model(path, "--teacher", batch_size, sigmoid=True)
+    teacher = load_model(path, "--teacher", batch_size, sigmoid=True, reduction=reduction)
     assert isinstance(teacher, PairModel)
 
-    def judge(pairs: list[tuple[int, int]]) -> np.ndarray:
+    def judge(relation: str, pairs: Sequence[tuple[int, int]]) -> Scored:
         queries, passages = ([store.text(text) for text in side] for side in zip(*pairs, strict=True))
-        scores_N = teacher.score(queries, passages)[0][:, 0]
-        if not np.isfinite(scores_N).all():
+        scores_N1, cut_N = teacher.score(queries, passages, relation)
+        if not np.isfinite(scores_N1).all():
             raise ValueError(f"--teacher {path} gives scores that are not finite; its weights are damaged")
-        return scores_N
+        return scores_N1[:, 0], cut_N
 
     return judge
 
@@ -156,12 +125,32 @@ def _load_cross_encoder(path: Path, option: str, sigmoid: bool, batch_size: int)
         raise ValueError(f"{option} {path} gives {model.num_labels} scores a pair; it must give one")
     activation = torch.nn.Sigmoid() if sigmoid else torch.nn.Identity()
 
-    def score(queries: Sequence[str], passages: Sequence[str]) -> Scored:
+    def score(queries: Sequence[str], passages: Sequence[str], relation: str) -> Scored:
         pairs = list(zip(queries, passages, strict=True))
         scores_N = model.predict(pairs, batch_size=batch_size, show_progress_bar=False, activation_fn=activation)
         return np.asarray(scores_N, dtype=np.float32)[:, None], _is_cut(model, list(queries), list(passages))
 
     return PairModel("cross_encoder", "sigmoid" if sigmoid else "logits", model.max_seq_length, score)
+
+
+def _load_reranker(path: Path, sigmoid: bool, reduction: Reduction) -> PairModel:
+    import torch
+
+    from pipeline.inference.reranker import LightweightReranker
+
+    _quiet_transformers()
+    reranker = LightweightReranker(path, show_progress=False)
+    own_reduction = reranker.check_reduction(reduction.exit_layer, compress_ratio=reduction.compress_ratio)
+
+    def score(queries: Sequence[str], passages: Sequence[str], relation: str) -> Scored:
+        composed = reranker.compose(list(zip(queries, passages, strict=True)), relation)
+        cut_N = np.array([pair.query_was_cut or pair.passage_was_cut for pair in composed], dtype=bool)
+        scores_N = reranker.score_composed(composed, own_reduction)
+        if sigmoid:
+            scores_N = torch.sigmoid(torch.from_numpy(scores_N)).numpy()
+        return scores_N[:, None], cut_N
+
+    return PairModel("reranker", "sigmoid" if sigmoid else "logits", reranker.description.max_pair_tokens, score)
 
 
 def _load_sentence_transformer(path: Path, batch_size: int) -> TextModel:
@@ -230,13 +219,3 @@ def _is_cut_here(embedder: "FewShotEmbedder", texts: Sequence[str], instruction:
     limit = limits.max_query_tokens if as_query else limits.max_passage_tokens
     pieces = tokenize_pieces(pt, texts, "query" if as_query else "passage")
     return np.array([len(piece) + around > limit for piece in pieces], dtype=bool)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
-    return tree if isinstance(tree, dict) else {}

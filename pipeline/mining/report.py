@@ -5,6 +5,7 @@ N rows, G mined negatives of all rows.
 
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import numpy as np
 
 from pipeline.files import safe_name, write_atomic, write_text
 from pipeline.mining.blocks import SHOWN_RANKS, MinedBlock, MiningInput
-from pipeline.mining.options import BM25, RECALL_RANKS
+from pipeline.mining.options import BM25, RECALL_RANKS, WHOLE, MiningOptions, Reduction
 from pipeline.mining.rules import REASONS, active_rules
 from pipeline.mining.search import DenseIndex
 
@@ -30,7 +31,7 @@ def dataset_report(source: MiningInput, blocks: Sequence[MinedBlock]) -> Report:
     rank_N = np.concatenate([block.positive_rank_B for block in blocks])
     candidates_N = np.concatenate([block.num_candidates_B for block in blocks])
     removed_R = np.sum([block.removed_R for block in blocks], axis=0)
-    seen, removed = np.sum([block.teacher_counts for block in blocks], axis=0).tolist()
+    teacher_counts = np.sum([block.teacher_counts for block in blocks], axis=0).tolist()
     near_N = np.concatenate([np.diff(block.nearest_offsets) for block in blocks])
     report = {
         "dataset": table.name,
@@ -45,7 +46,7 @@ def dataset_report(source: MiningInput, blocks: Sequence[MinedBlock]) -> Report:
         "candidates": int(candidates_N.sum()),
         "removed": {name: int(removed_R[list(REASONS).index(name)]) for name in active},
         "kept": int(candidates_N.sum() - removed_R.sum()),
-        "teacher": {"seen": seen, "removed": removed} if options.teacher is not None else None,
+        "teacher": _teacher(options, teacher_counts),
         "negatives": int(found_N.sum()),
         "rows_by_negatives": np.bincount(found_N, minlength=options.num_negatives + 1).tolist(),
         "rows_with_too_few": int((found_N < options.num_negatives).sum()),
@@ -55,6 +56,14 @@ def dataset_report(source: MiningInput, blocks: Sequence[MinedBlock]) -> Report:
     if options.num_nearest:
         report["rows_with_few_neighbours"] = int((near_N < options.num_nearest).sum())
     return report
+
+
+def _teacher(options: MiningOptions, counts: Sequence[int]) -> Report | None:
+    """What the teacher did, and how it was run where that was not whole; None without one."""
+    if options.teacher is None:
+        return None
+    found = dict(zip(("seen", "removed", "pairs_cut"), counts, strict=True))
+    return found | ({} if options.reduction == WHOLE else asdict(options.reduction))
 
 
 def _texts_cut(source: MiningInput) -> dict[str, int] | None:
@@ -149,9 +158,12 @@ def _notes(report: Report, embedder: str) -> list[str]:
             f"- the embedder cut {cut['queries']:,} of the queries and {cut['passages']:,} of the texts to its maximum "
             "length."
         )
-    if report["teacher"]:
-        seen, removed = report["teacher"]["seen"], report["teacher"]["removed"]
-        lines.append(f"- the teacher read {seen:,} drawn candidates and removed {removed:,}.")
+    if teacher := report["teacher"]:
+        seen, removed = teacher["seen"], teacher["removed"]
+        how = f" ({Reduction(teacher['exit_layer'], teacher['compress_ratio'])})" if "exit_layer" in teacher else ""
+        lines.append(f"- the teacher{how} read {seen:,} drawn candidates and removed {removed:,}.")
+        if cut := teacher["pairs_cut"]:
+            lines.append(f"- it cut {cut:,} pairs of a query and a positive or candidate to its maximum length.")
     if report["scores_dropped"]:
         lines.append(f"- teacher scores of {report['scores_dropped']:,} rows dropped: new negatives have none.")
     if report.get("rows_with_few_neighbours"):

@@ -29,13 +29,14 @@ class Scores:
 
     pos_score: np.ndarray
     neg_score: np.ndarray
-    num_items: int  # distinct pairs (cross-encoder) or distinct texts (embedder) that the teacher read
+    num_items: int  # distinct pairs (cross-encoder, reranker) or distinct texts (embedder) that the teacher read
     num_cut: int  # of them longer than the teacher's maximum length
 
 
 def score_dataset(
     store: TokenStore,
     table: DatasetTable,
+    relation: str,
     teacher: PairModel | TextModel,
     work: Path,
     bars: bool,
@@ -44,6 +45,7 @@ def score_dataset(
     """Score every (query, positive) and (query, negative) of a dataset.
 
     Args:
+        relation: what a teacher that is a reranker is asked of the pairs.
         work: folder for finished blocks; blocks found there are not computed again.
         bars: show progress.
         block_items: pairs or texts of one block.
@@ -55,7 +57,7 @@ def score_dataset(
     row_C = np.concatenate([np.repeat(np.arange(table.num_rows), num_N) for num_N in (num_pos_N, num_neg_N)])
     passage_C = np.concatenate([table.pos_text, table.neg_text])
     if isinstance(teacher, PairModel):
-        found = _score_pairs(store, table, row_C, passage_C, teacher, work, bars, block_items)
+        found = _score_pairs(store, table, relation, row_C, passage_C, teacher, work, bars, block_items)
     else:
         found = _score_cosines(store, table, row_C, passage_C, teacher, work, bars, block_items)
     score_C, num_items, num_cut = found
@@ -66,6 +68,7 @@ def score_dataset(
 def _score_pairs(
     store: TokenStore,
     table: DatasetTable,
+    relation: str,
     row_C: np.ndarray,
     passage_C: np.ndarray,
     teacher: PairModel,
@@ -78,7 +81,7 @@ def _score_pairs(
 
     def compute(part: slice) -> Scored:
         query_I, passage_I = (ids.tolist() for ids in np.divmod(key_I[part], store.num_texts))
-        return teacher.score([store.text(i) for i in query_I], [store.text(i) for i in passage_I])
+        return teacher.score([store.text(i) for i in query_I], [store.text(i) for i in passage_I], relation)
 
     values = fill_blocks(work, len(key_I), compute, f"{table.name}: pairs", bars, block_items)
     return values.read(0, len(key_I))[item_C, 0], len(key_I), values.count_cut()

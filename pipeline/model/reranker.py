@@ -100,19 +100,8 @@ class Reranker(nn.Module):
         return plan_route(cu_seqlens, passage_S2, exits, compress_layers, compress_ratio)
 
     def check_reduction(self, exit_layer: int, compress_layers: Sequence[int], compress_ratio: int) -> None:
-        """ValueError for an exit without a head, a layer to compress at that is none, or a ratio below 1.
-
-        A layer at or above the exit may be named, as in the published model's examples: it changes nothing.
-        """
-        _require_exit("exit_layer", exit_layer, self.heads.first_exit, self.depth)
-        for layer in compress_layers:
-            if not 1 <= layer < self.depth:
-                raise ValueError(
-                    f"compress_layers={list(compress_layers)}: {layer} is none of the layers 1 to {self.depth - 1} "
-                    "behind which another one follows"
-                )
-        if compress_ratio < 1:
-            raise ValueError(f"compress_ratio={compress_ratio} must be 1 (no tokens are merged) or more")
+        """`check_reduction` of this model."""
+        check_reduction(self.exits, exit_layer, compress_layers, compress_ratio)
 
     def forward(self, input_ids_T: Tensor, route: Route) -> Tensor:
         """scores_SE, fp32: of every pair at every exit of the route, in rising order of exits.
@@ -147,6 +136,25 @@ def _only_first_layers(decoder: Any, number: int) -> Iterator[None]:
         yield
     finally:
         config.num_hidden_layers = whole
+
+
+def check_reduction(exits: Sequence[int], exit_layer: int, compress_layers: Sequence[int], compress_ratio: int) -> None:
+    """ValueError for an exit without a head, a layer to compress at that is none, or a ratio below 1.
+
+    A layer at or above the exit may be named, as in the published model's examples: it changes nothing.
+
+    Args:
+        exits: all that the model has, rising; the last is its whole depth.
+    """
+    _require_exit("exit_layer", exit_layer, exits[0], exits[-1])
+    for layer in compress_layers:
+        if not 1 <= layer < exits[-1]:
+            raise ValueError(
+                f"compress_layers={list(compress_layers)}: {layer} is none of the layers 1 to {exits[-1] - 1} "
+                "behind which another one follows"
+            )
+    if compress_ratio < 1:
+        raise ValueError(f"compress_ratio={compress_ratio} must be 1 (no tokens are merged) or more")
 
 
 def _require_exit(name: str, layer: int, lowest: int, depth: int) -> None:

@@ -9,10 +9,9 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.data.pair_steps import RELATIONS
+from pipeline.data.pair_steps import choose_relations
 from pipeline.data.pairs import PairTokenizer, compose_pair, load_pair_tokenizer, tokenize_pair_pieces
 from pipeline.data.schedule import Schedule
-from pipeline.data.store import TokenStore
 from pipeline.inference.reranker_files import RerankerDescription, save_reranker
 from pipeline.model.encoder import require_rows
 from pipeline.model.reranker import Reranker, load_reranker, scale_layers, yes_token
@@ -45,7 +44,7 @@ def set_up_reranker(settings: Settings, ranks: Ranks, watch: Watch, held: contex
     require_alike({"tokenizer of pairs": pairs.fingerprint}, ranks)
     own = {"pair template": BGE_RERANKER.version, "tokenizer of pairs": pairs.fingerprint}
     inputs = read_inputs(settings, ranks, watch, held, own)
-    relations = choose_relations(inputs.store, settings)
+    relations = tuple(choose_relations(inputs.store, settings).values())
     require_room(pairs, relations, settings.preprocess.max_pair_tokens)
     require_groups(inputs.schedule)
     # Every candidate is read with its query: a passage that stands in two groups is two pairs.
@@ -96,12 +95,6 @@ def check_settings(settings: Settings) -> None:
             f"run.chunk_tokens={settings.run.chunk_tokens} cannot hold one pair of preprocess.max_pair_tokens="
             f"{settings.preprocess.max_pair_tokens}; raise it or lower the limit"
         )
-
-
-def choose_relations(store: TokenStore, settings: Settings) -> tuple[str, ...]:
-    """What is asked of the pairs of each dataset: what its entry says, else what its task type does."""
-    asked = {d.name: d.relation for d in settings.data.datasets}
-    return tuple(asked[table.entry] or RELATIONS[table.task_type] for table in store.datasets)
 
 
 def require_room(pairs: PairTokenizer, relations: tuple[str, ...], max_pair_tokens: int) -> None:
