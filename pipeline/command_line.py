@@ -18,7 +18,7 @@ COMMANDS = {
     "preflight": ("pipeline.check_nodes", "check the nodes of a job (under srun)"),
     "train": ("pipeline.train", "train an embedder (several ranks: deepspeed pipeline/train.py)"),
     "reranker": ("pipeline.train_reranker", "train a lightweight reranker (several ranks: as train)"),
-    "export": ("pipeline.export_model", "write a trained embedder for PEFT, transformers and sentence-transformers"),
+    "export": ("pipeline.export_model", "write a trained model for others to load: checked, with a model card"),
     "encode": ("pipeline.encode_corpus", "embed a corpus of any size into one file"),
     "evaluate": ("pipeline.evaluate_embedder", "score a model zero-shot and few-shot"),
     "rerank": ("pipeline.evaluate_reranker", "rerank what a retriever found, and score both"),

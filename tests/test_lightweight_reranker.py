@@ -60,13 +60,20 @@ def make_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-@pytest.fixture(scope="module")
-def own(tmp_path_factory) -> tuple[Path, SimpleNamespace]:
-    """(run with model/ as training writes it, what was trained)."""
-    folder = tmp_path_factory.mktemp("own")
+GEMMA = {
+    "head_dim": 8,
+    "query_pre_attn_scalar": 8,
+    "attn_logit_softcapping": 2.0,
+    "final_logit_softcapping": 3.0,
+    "sliding_window": 8,
+}
+
+
+def make_own(folder: Path, kind: type = LlamaConfig, **settings) -> SimpleNamespace:
+    """What was trained; `folder` gets base/ and run/model/ as training writes it, its base a layer deeper."""
     tokenizer = make_tokenizer(folder / "base")
     torch.manual_seed(0)
-    config = LlamaConfig(**(SMALL | {"num_hidden_layers": DEPTH + 1}), vocab_size=len(tokenizer))
+    config = kind(**(SMALL | settings | {"num_hidden_layers": DEPTH + 1}), vocab_size=len(tokenizer))
     AutoModelForCausalLM.from_config(config).save_pretrained(folder / "base")
     pt = load_pair_tokenizer(str(folder / "base"), BGE_RERANKER)
     model = ModelSettings(name=str(folder / "base"), dtype="fp32", num_layers=DEPTH)  # one layer fewer than it has
@@ -79,7 +86,14 @@ def own(tmp_path_factory) -> tuple[Path, SimpleNamespace]:
     description = RerankerDescription(model, BGE_RERANKER, 120, 2, (1,), pt.bos, pt.fingerprint, digest)
     weights = {name: p.detach() for name, p in trainable_parameters(reranker).items()}
     save_reranker(folder / "run/model", reranker, weights, pt, description)
-    return folder / "run", SimpleNamespace(reranker=reranker, tokenizer=tokenizer)
+    return SimpleNamespace(reranker=reranker, tokenizer=tokenizer, pairs=pt, description=description)
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory) -> tuple[Path, SimpleNamespace]:
+    """(run with model/ as training writes it, what was trained)."""
+    folder = tmp_path_factory.mktemp("own")
+    return folder / "run", make_own(folder)
 
 
 @pytest.fixture
@@ -93,8 +107,7 @@ def published(tmp_path_factory) -> tuple[Path, SimpleNamespace]:
     folder = tmp_path_factory.mktemp("published")
     tokenizer = make_tokenizer(folder)
     torch.manual_seed(1)
-    caps = {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0, "sliding_window": 8}
-    config = Gemma2Config(**SMALL, vocab_size=len(tokenizer), head_dim=8, query_pre_attn_scalar=8, **caps)
+    config = Gemma2Config(**SMALL, **GEMMA, vocab_size=len(tokenizer))
     model = Gemma2ForCausalLM(config)
     heads_HD = torch.randn(DEPTH - 1, 32) * 0.3
     weights = {name: w.clone() for name, w in model.state_dict().items() if name.startswith("model.")}

@@ -10,7 +10,9 @@ from safetensors.torch import load_file
 from tiny_run import make_tiny_reranker_run
 
 from pipeline.data.pair_steps import draw_width
+from pipeline.inference.gate import GATE_FILE
 from pipeline.inference.reranker import LightweightReranker
+from pipeline.inference.reranker_gate import gate_scores
 from pipeline.model.reranker import scale_layers
 from pipeline.preprocess import main as preprocess
 from pipeline.runtime.checkpoint import require_same_run
@@ -68,6 +70,10 @@ def test_run_folder_holds_everything_and_the_model_scores(recipe, whole_run):
     pairs = [("river stone", "amber violin"), ("cloud", "engine market planet copper")]
     deep, short = reranker.score(pairs), reranker.score(pairs, exit_layer=2, compress_ratio=2)
     assert deep.shape == (2,) and np.isfinite(deep).all() and not np.array_equal(deep, short)
+    # What an export is compared with, by the engine: sharded, on both ranks, without dropout.
+    own = reranker.model
+    wanted_WNE = gate_scores(own, own, reranker.tokenizer, reranker.description, reranker.device, 4096)
+    np.testing.assert_allclose(np.load(out / "model" / GATE_FILE), wanted_WNE, rtol=1e-4, atol=1e-5)
 
 
 def test_a_killed_run_goes_on_bit_for_bit(recipe, whole_run, tmp_path):

@@ -16,9 +16,6 @@ def model_card(run: Path, folder: Path, checks: Sequence[Check]) -> str:
     tasks = description.tasks
     first = next(iter(tasks), "")
     table = "\n".join(f"| `{name}` | {instruction} |" for name, instruction in tasks.items())
-    gate = "\n".join(f"| {check.name} | {check.value:.6f} | {check.least:g} |" for check in checks)
-    settings = run / "settings.yaml"
-    recipe = f"\n## Recipe\n\n```yaml\n{settings.read_text(encoding='utf-8')}```\n" if settings.is_file() else ""
     base = Path(description.model.name).name if description.model.trained == "lora" else "(all weights were trained)"
     other = _sentence_transformers(prompt_end, first) if (folder / SENTENCE_TRANSFORMERS).is_dir() else ""
     return f"""# A few-shot text embedder
@@ -46,15 +43,25 @@ passages = embedder.encode_passages(["..."])
 | set | instruction |
 |---|---|
 {table}
-{_scores(run)}{recipe}
+{_scores(run)}{recipe_of(run)}
 ## Checked when it was exported
 
 Lowest cosine to the trained model over fixed texts in many scripts, as queries, few-shot queries and passages.
 
-| form | measured | at least |
-|---|---|---|
-{gate}
+{gate_table(checks)}
 """
+
+
+def gate_table(checks: Sequence[Check]) -> str:
+    """What the gate found, as a table."""
+    lines = "\n".join(f"| {check.name} | {check.value:.6f} | {check.least:g} |" for check in checks)
+    return f"| form | measured | at least |\n|---|---|---|\n{lines}"
+
+
+def recipe_of(run: Path) -> str:
+    """A section with the settings of a run; "" where it has none."""
+    settings = run / "settings.yaml"
+    return f"\n## Recipe\n\n```yaml\n{settings.read_text(encoding='utf-8')}```\n" if settings.is_file() else ""
 
 
 def _sentence_transformers(prompt_end: str, first: str) -> str:
@@ -76,6 +83,7 @@ passages = model.encode(passages)
 
 
 def _scores(run: Path) -> str:
+    """A section with what a run's scores.json holds; "" where there is none."""
     path = run / "scores.json"
     if not path.is_file():
         return ""

@@ -1,7 +1,8 @@
-"""A trained embedder in the forms that others load: PEFT's adapter, one whole model, sentence-transformers' folder.
+"""What was trained, in the forms that others load: PEFT's adapter, one whole model, sentence-transformers' folder.
 
 adapter/                 the run's model/ folder as it is: adapter on its base model, marker rows, tokenizer
-merged/                  adapters folded into the weights, marker rows into the table; transformers, load_embedder
+merged/                  adapters folded into the weights, marker rows into the table; transformers, load_embedder.
+                         Of a reranker with its heads beside the weights; LightweightReranker
 sentence-transformers/   the same with last-token pooling, L2 and one prompt a training set, by sentence-transformers
 README.md                model card
 """
@@ -17,9 +18,12 @@ from peft import PeftModel
 from tokenizers.processors import TemplateProcessing
 
 from pipeline.data.tokenizing import load_tokenizer
-from pipeline.inference.description import DESCRIPTION_FILE, read_description
+from pipeline.inference.description import DESCRIPTION_FILE, RERANKER_FILE, read_description
 from pipeline.inference.embedder import load_embedder
 from pipeline.inference.gate import around_query
+from pipeline.inference.reranker import LightweightReranker
+from pipeline.inference.reranker_files import HEADS_FILE, read_reranker
+from pipeline.inference.saving import write_json
 from pipeline.model.encoder import MarkerEmbedding
 from pipeline.prompts import Template
 
@@ -27,7 +31,30 @@ from pipeline.prompts import Template
 def write_merged(model: Path, folder: Path) -> None:
     """One whole model from a run's model/ folder, in the type that it was trained in."""
     embedder = load_embedder(model, show_progress=False)
-    decoder = embedder.encoder.decoder
+    _save_merged(embedder.encoder.decoder, folder)
+    embedder.tokenizer.tokenizer.save_pretrained(folder)
+    tree = json.loads((model / DESCRIPTION_FILE).read_text(encoding="utf-8"))
+    # Every marker is a row of the table now.
+    tree["prompt_tokens"]["marker_subtokens"] = [[] for _ in tree["prompt_tokens"]["marker_subtokens"]]
+    tree |= {"trained": "full", "num_layers": None, "base_fingerprint": ""}
+    write_json(folder / DESCRIPTION_FILE, tree)
+    shutil.copy(model / "examples.json", folder)
+
+
+def write_merged_reranker(model: Path, folder: Path) -> None:
+    """A reranker that needs no base model, from a run's model/ folder, in the type that it was trained in."""
+    if read_reranker(model)[0].model.trained == "full":
+        raise ValueError(f"{model} is merged already; export the run that it came from, or its adapter/")
+    reranker = LightweightReranker(model, show_progress=False)
+    _save_merged(reranker.model.decoder, folder)
+    shutil.copy(model / HEADS_FILE, folder)
+    reranker.tokenizer.tokenizer.save_pretrained(folder)
+    tree = json.loads((model / RERANKER_FILE).read_text(encoding="utf-8"))
+    write_json(folder / RERANKER_FILE, tree | {"trained": "full", "num_layers": None, "base_fingerprint": ""})
+
+
+def _save_merged(decoder: Any, folder: Path) -> None:
+    """Weights and configuration of a decoder, adapters folded in: a model of transformers like any other."""
     if isinstance(decoder, PeftModel):
         decoder = decoder.merge_and_unload()
     weights = {name: value for name, value in decoder.state_dict().items() if "embed_tokens" not in name}
@@ -36,13 +63,6 @@ def write_merged(model: Path, folder: Path) -> None:
     decoder.config.vocab_size = len(table)
     decoder.config._attn_implementation = None
     decoder.save_pretrained(folder, state_dict=weights, max_shard_size="5GB")
-    embedder.tokenizer.tokenizer.save_pretrained(folder)
-    tree = json.loads((model / DESCRIPTION_FILE).read_text(encoding="utf-8"))
-    # Every marker is a row of the table now.
-    tree["prompt_tokens"]["marker_subtokens"] = [[] for _ in tree["prompt_tokens"]["marker_subtokens"]]
-    tree |= {"trained": "full", "num_layers": None, "base_fingerprint": ""}
-    (folder / DESCRIPTION_FILE).write_text(json.dumps(tree, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    shutil.copy(model / "examples.json", folder)
 
 
 def whole_table(table: Any) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 Trained here   adapter_config.json, adapter_model.safetensors (PEFT's own form), heads.safetensors, tokenizer files, and
                reranker.json: base model, depth, template, limit, exits
+Exported       merged/: the same with the decoder's whole weights (config.json, model*.safetensors) for adapters
 Published      BAAI/bge-reranker-v2.5-gemma2-lightweight: a whole Gemma 2 under a model type of its own, whose LM head
                is a list of single rows, lm_head.I.linear_head.weight for exit start_layer + I
 
@@ -131,7 +132,11 @@ def load_reranker_weights(folder: Path, description: RerankerDescription, device
         ValueError: weights are missing, damaged, or of another base model.
     """
     model = description.model
-    if model.trained == "full":
+    if model.trained == "full" and (folder / RERANKER_FILE).is_file():
+        decoder = load_decoder(model, device_type=device.type)
+        require_all_weights(folder, decoder)
+        reranker = Reranker(decoder, _read_heads(folder / HEADS_FILE), description.first_exit)
+    elif model.trained == "full":
         config = _gemma_config(read_config(folder))
         decoder = load_decoder(model, device_type=device.type, config=config)
         require_all_weights(folder, decoder)
@@ -177,8 +182,10 @@ def _read_description(folder: Path) -> RerankerDescription:
         tree = json.loads(path.read_text(encoding="utf-8"))
         template = dict(tree["template"])
         template["prompts"] = tuple((relation, prompt) for relation, prompt in template["prompts"])
+        trained = tree.get("trained", "lora")  # written by an export that merges
+        name = str(path.parent) if trained == "full" else tree["base_model"]
         description = RerankerDescription(
-            model=ModelSettings(name=tree["base_model"], num_layers=tree["num_layers"], dtype=tree["dtype"]),
+            model=ModelSettings(name=name, num_layers=tree["num_layers"], dtype=tree["dtype"], trained=trained),
             template=PairTemplate(**template),
             max_pair_tokens=int(tree["max_pair_tokens"]),
             first_exit=int(tree["first_exit"]),

@@ -9,11 +9,17 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+from torch import Tensor
+
 from pipeline.data.pair_steps import choose_relations
 from pipeline.data.pairs import PairTokenizer, compose_pair, load_pair_tokenizer, tokenize_pair_pieces
 from pipeline.data.schedule import Schedule
+from pipeline.inference.gate import GATE_FILE
 from pipeline.inference.reranker_files import RerankerDescription, save_reranker
+from pipeline.inference.reranker_gate import gate_scores
 from pipeline.model.encoder import require_rows
+from pipeline.model.merging import Route
 from pipeline.model.reranker import Reranker, load_reranker, scale_layers, yes_token
 from pipeline.model.reranker_loss import check_reranker_loss
 from pipeline.prompts import BGE_RERANKER
@@ -122,7 +128,7 @@ def require_context(reranker: Reranker, settings: Settings) -> None:
 
 
 def save(run: RerankerRun, folder: Path) -> None:
-    """Write the finished reranker, all ranks together."""
+    """Write the finished reranker, and what the engine makes of the export gate's pairs, all ranks together."""
     settings, reranker, pairs = run.settings, run.reranker, run.pairs
     trainable = read_state(run.engine, moments=False)
     description = RerankerDescription(
@@ -141,3 +147,19 @@ def save(run: RerankerRun, folder: Path) -> None:
         save_reranker(folder, reranker, weights, pairs, description)
 
     by_first(write, run.ranks)
+    gate_WNE = score_gate_pairs(run, description)
+    by_first(lambda: np.save(folder / GATE_FILE, gate_WNE), run.ranks)
+
+
+def score_gate_pairs(run: RerankerRun, description: RerankerDescription) -> np.ndarray:
+    """On every rank: the truth that an export is compared with. All exits in each pass, as ZeRO-3 has seen them."""
+    run.engine.eval()
+
+    def score(input_ids_T: Tensor, route: Route) -> Tensor:
+        mark(run.watch, "the pairs of the export gate")
+        scores_SE: Tensor = run.engine(input_ids_T, route)
+        return scores_SE
+
+    ranks = run.ranks
+    place, chunk_tokens = (ranks.rank, ranks.world_size), run.settings.run.chunk_tokens
+    return gate_scores(run.reranker, score, run.pairs, description, ranks.device, chunk_tokens, place)
