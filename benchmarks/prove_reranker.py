@@ -12,10 +12,13 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from proving import REPOSITORY, RUN, WORK, Row, call, free_port, row
+
+if TYPE_CHECKING:
+    from pipeline.inference.reduction import Reduction
 
 HOME = WORK / "reranker"
 BASE = RUN / "base_model"
@@ -44,12 +47,16 @@ def prove_reranker(data: Path, only: str = "") -> list[Row]:
     return [r for name, part in parts.items() if only in ("", name) for r in part()]
 
 
-def settings_of(depth: int) -> dict[str, tuple[int, tuple[int, ...], int]]:
-    """(exit, layers to merge behind, ratio): the whole model, and the paper's setting at this depth."""
-    from pipeline.model.reranker import PAPER_DEPTH, scale_layers
+def settings_of(depth: int) -> "dict[str, Reduction]":
+    """The whole model, and the paper's setting at this depth, without what it merges and as it is."""
+    from pipeline.inference.reduction import read_setting
+    from pipeline.model.reranker import scale_layers
 
-    last = round(25 * depth / PAPER_DEPTH)
-    return {"full": (depth, (), 1), "exit": (last, (), 1), "exit + merge": (last, scale_layers(depth)[1][:1], 2)}
+    first_exit, layers = scale_layers(depth)
+    exits = range(first_exit, depth + 1)
+    light = read_setting("light", exits, layers)
+    texts = {"full": "full", "exit": f"exit={light.exit_layer}", "exit + merge": "light"}
+    return {name: read_setting(text, exits, layers) for name, text in texts.items()}
 
 
 def arithmetic() -> list[Row]:
@@ -192,7 +199,7 @@ def seconds(evaluation: Path) -> list[Row]:
     pairs = list(zip(list(task.queries.values())[:32], list(task.corpus.values())[:32], strict=True))
     reranker = LightweightReranker(HOME / "run", show_progress=False)
     composed = reranker.compose(pairs)
-    settings = {"full": reranker.check_reduction(), "exit + merge": reranker.light_reduction()}
+    settings = {text: reranker.read_setting(text) for text in ("full", "light")}
     rounds: dict[str, list[float]] = {name: [] for name in settings}
     for _ in range(6):  # the first warms up
         for name, reduction in settings.items():
@@ -201,8 +208,8 @@ def seconds(evaluation: Path) -> list[Row]:
             rounds[name].append(time.perf_counter() - started)
     least = {name: min(found[1:]) for name, found in rounds.items()}
     flop = {name: reranker.count_flop(composed, reduction) for name, reduction in settings.items()}
-    saved, fewer = (1 - of["exit + merge"] / of["full"] for of in (least, flop))
-    (exit_layer, layers, ratio), tokens = settings["exit + merge"], sum(len(pair.ids) for pair in composed)
+    saved, fewer = (1 - of["light"] / of["full"] for of in (least, flop))
+    (exit_layer, layers, ratio), tokens = settings["light"], sum(len(pair.ids) for pair in composed)
     return [
         row(
             f"time of scoring saved by exit {exit_layer} of {reranker.model.depth} and ratio {ratio} behind layer "
@@ -218,9 +225,7 @@ def quality(evaluation: Path) -> list[Row]:
     """BM25's first candidates in the reranker's order, at its whole depth and less."""
     out = HOME / "quality"
     shutil.rmtree(out, ignore_errors=True)
-    settings = settings_of(30)
-    names = {"full": "full", "exit": f"exit={settings['exit'][0]}"}
-    names["exit + merge"] = f"{names['exit']},layers={settings['exit + merge'][1][0]},ratio=2"
+    settings = [f"--setting={text}" for text in ("full", "exit=18", "light")]  # of 30 layers light reads 18
     rows = []
     for task, relation in EVAL_TASKS.items():
         command = [
@@ -232,18 +237,18 @@ def quality(evaluation: Path) -> list[Row]:
             "bm25",
         ]
         command += ["--task", str(shorten(evaluation / task)), "--top", str(TOP), "--relation", relation]
-        call([*command, "--out", str(out), *(f"--setting={name}" for name in names.values())])
-        found = {r["setting"]: r for r in json.loads((out / "reranking.json").read_text()) if r["task"] == task}
-        before, full, light = (100 * found[name]["value"] for name in ("retriever", "full", names["exit + merge"]))
+        call([*command, "--out", str(out), *settings])
+        found = [r for r in json.loads((out / "reranking.json").read_text()) if r["task"] == task]
+        before, full, _, light = (100 * r["value"] for r in found)
         shown = [
-            f"{what} {100 * found[name]['value']:.1f} ({found[name]['flop_per_query'] / 1e12:.2f} TFLOP a query, "
-            f"{found[name]['seconds']:.0f} s)"
-            for what, name in names.items()
+            f"{r['setting']} {100 * r['value']:.1f} ({r['flop_per_query'] / 1e12:.2f} TFLOP a query, "
+            f"{r['seconds']:.0f} s)"
+            for r in found[1:]
         ]
         better = "better than BM25" if light > before else "not better than BM25"
         rows.append(
             row(
-                f"{task}, {found['full']['metric']}, {found['full']['queries']} queries, BM25's first {TOP} candidates",
+                f"{task}, {found[0]['metric']}, {found[0]['queries']} queries, BM25's first {TOP} candidates",
                 "compressed within 1.5 points of full",
                 f"BM25 {before:.1f}; {'; '.join(shown)}; compressed: {light - full:+.1f} to full, {better}",
                 light >= full - 1.5,
@@ -272,8 +277,7 @@ def shorten(task: Path) -> Path:
 def teaching(evaluation: Path) -> list[Row]:
     """The quickstart's embedder with this reranker's scores of its squad_newwiki rows, and without; three seeds."""
     scored = HOME / "scored"
-    last, _, ratio = settings_of(30)["exit + merge"]
-    teacher = ["--teacher", str(HOME / "run"), "--exit-layer", str(last), "--compress-ratio", str(ratio)]
+    teacher = ["--teacher", str(HOME / "run"), "--teacher-setting", "light"]
     recipe, set_name = QUICKSTART / "recipe.yaml", "squad_newwiki"
     call([sys.executable, "pipeline/preprocess.py", "--config", str(recipe), "--processes", "2"])
     command = [sys.executable, "pipeline/score_rows.py", "--config", str(recipe), *teacher, "--dataset", set_name]

@@ -25,14 +25,15 @@ NO_RUN = Path("runs/evaluation")  # of rerankers that belong to no run
 EPILOG = """examples:
   python pipeline/evaluate_reranker.py --reranker runs/reranker_gemma2 --retriever bm25 --task tasks/a
   python pipeline/evaluate_reranker.py --reranker runs/x --retriever runs/embedder --task tasks/a --task tasks/b \\
-      --setting full --setting exit=18 --setting exit=18,layers=6,ratio=2 --setting layers=6+12,ratio=4
+      --setting full --setting light --setting exit=18 --setting exit=18,layers=6+12,ratio=4
   python pipeline/evaluate_reranker.py --reranker BAAI/bge-reranker-v2.5-gemma2-lightweight --top 200 \\
       --retriever BAAI/bge-en-icl --template bge_en_icl --task NFCorpus
 
 a task is a folder of type retrieval or reranking (pipeline/evaluation/tasks.py), or one of mteb's by name. A setting
-is full, or any of exit=K (score after K layers), layers=I+J (merge passage tokens behind these) and ratio=R (so many
-become one); without layers the model's own. Retriever and reranker are on the device at once. Timed are the retriever's
-search, and the scoring of pairs at each setting; loading, tokenizing of pairs and metrics are not.
+is full; light, the paper's compressed one (exit 25 of 42, 2 tokens to one behind the first merge layer) scaled to the
+model's depth; or any of exit=K (score after K layers), layers=I+J (merge passage tokens behind these) and ratio=R (so
+many become one), without layers behind all of the model's own. Retriever and reranker are on the device at once. Timed
+are the retriever's search, and the scoring of pairs at each setting; loading, tokenizing of pairs and metrics are not.
 """
 
 
@@ -65,8 +66,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--setting",
         action="append",
         default=[],
-        help="depth and width of the reranker; may stand repeatedly (default: full, and the paper's compressed one, "
-        "exit 25 of 42 and 2 tokens to one behind the first merge layer, scaled to the model's depth)",
+        metavar="TEXT",
+        help="depth and width of the reranker; may stand repeatedly (default: full and light)",
     )
     parser.add_argument(
         "--relation",
@@ -102,9 +103,10 @@ def evaluate(args: argparse.Namespace) -> None:
     import transformers
 
     from pipeline.evaluation.jobs import require_distinct_names
-    from pipeline.evaluation.reranking import RETRIEVER, choose_reductions, parse_setting, rerank_job
+    from pipeline.evaluation.reranking import RETRIEVER, rerank_job
     from pipeline.evaluation.reranking_records import add_row, read_rows, reranking_table
     from pipeline.inference.loading import find_model
+    from pipeline.inference.reduction import FULL, LIGHT, resolve_settings
     from pipeline.inference.reranker import LightweightReranker
     from pipeline.inference.reranker_files import fingerprint_reranker
 
@@ -113,16 +115,16 @@ def evaluate(args: argparse.Namespace) -> None:
     transformers.utils.logging.disable_progress_bar()
     if args.top < 1:
         raise ValueError(f"--top {args.top} leaves nothing to rerank; take 1 or more")
-    for text in args.setting:
-        parse_setting(text)
     path = (args.out or (Path(args.reranker) if is_run(args.reranker) else NO_RUN)) / "reranking.json"
     read_rows(path)  # a damaged file is refused before the work, and not after it
     jobs = [make_job(args, name) for name in dict.fromkeys(args.task)]
     require_distinct_names(jobs)
+    folder = find_model(args.reranker)
+    settings = resolve_settings(folder, args.setting or (FULL, LIGHT), "--setting")
     reranker = LightweightReranker(args.reranker)
-    reductions = choose_reductions(reranker, args.setting)
+    reductions = {name: reranker.read_setting(name) for name in settings}
     reranker.description.template.prompt(args.relation)  # an unknown relation is refused here
-    names = {"reranker": args.reranker, "fingerprint": fingerprint_reranker(find_model(args.reranker))}
+    names = {"reranker": args.reranker, "fingerprint": fingerprint_reranker(folder)}
     retriever = load_retriever(args.retriever, args.template)
     if args.num_examples and retriever.embedder is None:
         raise ValueError(f"--num-examples {args.num_examples}: {retriever.label} knows no examples; leave it out")

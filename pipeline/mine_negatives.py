@@ -14,7 +14,7 @@ import re
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from pipeline.data.pair_steps import choose_relations
 from pipeline.data.store import MANIFEST, DatasetTable, TokenStore, open_store
 from pipeline.files import file_sha256
 from pipeline.mining.folder import Record, own_folder, prepare_folder
-from pipeline.mining.options import BM25, SHARD_TEXTS, MiningOptions, Reduction, check_options
+from pipeline.mining.options import BM25, SHARD_TEXTS, MiningOptions, check_options
 from pipeline.settings import Settings, load_settings
 
 EPILOG = """examples:
@@ -31,11 +31,15 @@ EPILOG = """examples:
   python pipeline/mine_negatives.py --config recipe.yaml --embedder bm25 --out mined-bm25 --dataset nq --dataset fever
   python pipeline/mine_negatives.py --config recipe.yaml --embedder models/e5 --out mined --window 30-100 --margin 0.1
   python pipeline/mine_negatives.py --config recipe.yaml --embedder models/e5 --out mined --teacher models/cross-encoder
-  python pipeline/mine_negatives.py --config recipe.yaml --embedder runs/first --out mined --teacher runs/reranker
+  python pipeline/mine_negatives.py --config recipe.yaml --embedder runs/first --out mined --teacher runs/reranker \\
+      --teacher-setting light
 
 an embedder is a run (or its model/ folder), the folder of a sentence-transformers model, or bm25
 a teacher is the folder of a sentence-transformers cross-encoder, or a reranker: a run (or its model/ folder), or
-BAAI/bge-reranker-v2.5-gemma2-lightweight as a folder; it is asked the recipe's `relation`, or what suits the task type
+BAAI/bge-reranker-v2.5-gemma2-lightweight as a folder; it is asked the recipe's `relation`, or what suits the task type.
+Its --teacher-setting is full; light, the paper's compressed one scaled to its depth (exit 25 of 42, 2 passage tokens to
+one behind the first merge layer); or any of exit=K (score after K layers), layers=I+J (merge behind these) and ratio=R
+(so many become one), without layers behind all of the model's own
 """
 
 
@@ -61,11 +65,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     teacher_help = "cross-encoder or reranker: remove candidates above --teacher-ratio of the positive's score"
     add("--teacher", metavar="FOLDER", help=teacher_help)
     add_limit("--teacher-ratio", default=default.teacher_ratio, help="(%(default)s)")
-    add("--exit-layer", type=int, metavar="K", help="of a reranker as teacher: score after K layers (all)")
-    ratio_help = (
-        "of a reranker as teacher: merge R neighbouring passage tokens behind each layer that it names (1: none)"
-    )
-    add("--compress-ratio", type=int, default=default.reduction.compress_ratio, metavar="R", help=ratio_help)
+    setting_help = "depth and width of a reranker as teacher: full, light, or as exit=18,layers=6+12,ratio=2 (full)"
+    add("--teacher-setting", metavar="TEXT", help=setting_help)
     corpus_help = "search the texts of the row's dataset, or of all datasets of its type (%(default)s)"
     add("--corpus", choices=("dataset", "type"), default=default.corpus, help=corpus_help)
     add_switch("--keep-negatives", help="add to the rows' negatives instead of replacing them")
@@ -123,7 +124,7 @@ def read_options(args: argparse.Namespace) -> MiningOptions:
         margin=args.margin,
         max_ratio=max_ratio,
         teacher=args.teacher,
-        reduction=Reduction(args.exit_layer, args.compress_ratio),
+        teacher_setting=args.teacher_setting,
         teacher_ratio=args.teacher_ratio,
         corpus=args.corpus,
         keep_negatives=args.keep_negatives,
@@ -151,12 +152,12 @@ def mining_record(
     from pipeline.mining.kinds import find_kind, model_record
 
     def record(path: Path, option: str) -> Record:
-        return model_record(path, find_kind(path, option), args.batch_size, options.reduction)
+        return model_record(path, find_kind(path, option), args.batch_size, options.teacher_setting)
 
     words = args.embedder == BM25
     embedder = {BM25: version("bm25s")} if words else record(Path(args.embedder), "--embedder")
     chosen = asdict(options)
-    del chosen["reduction"]  # stands with its teacher
+    del chosen["teacher_setting"]  # stands with its teacher
     if options.teacher is not None:
         chosen["teacher"] = record(Path(options.teacher), "--teacher")
         if find_kind(Path(options.teacher), "--teacher") == "reranker":
@@ -174,7 +175,7 @@ def mine(
     """Mine the datasets one by one, then write report and recipe over all that the folder holds."""
     # Loading these takes a second or more; wrong arguments should not have to wait for it.
     from pipeline.mining.dataset import MiningRun, finished_reports, mine_dataset
-    from pipeline.mining.kinds import READS_PAIRS, check_reduction, find_kind
+    from pipeline.mining.kinds import READS_PAIRS, find_kind, find_setting
     from pipeline.mining.models import load_judge, load_text_model
     from pipeline.mining.report import summary_table, write_reports
 
@@ -189,7 +190,7 @@ def mine(
             raise ValueError(
                 f"--teacher {teacher} holds a {found}; candidates are judged by a cross-encoder or reranker"
             )
-        check_reduction(teacher, found, options.reduction)
+        options = replace(options, teacher_setting=find_setting(teacher, found, options.teacher_setting))
     relations = choose_relations(store, settings)
     prepare_folder(args.out, mining_record(args, options, store, relations), args.overwrite)
     run = MiningRun(
@@ -199,7 +200,7 @@ def mine(
         embedder=args.embedder,
         wraps_passages=kind == "embedder",
         load_encoder=functools.cache(lambda: load_text_model(embedder, "--embedder", args.batch_size)),
-        load_teacher=functools.cache(lambda: load_judge(teacher, store, args.batch_size, options.reduction))
+        load_teacher=functools.cache(lambda: load_judge(teacher, store, args.batch_size, options.teacher_setting))
         if options.teacher is not None
         else None,
         shard_texts=args.shard_texts,

@@ -5,8 +5,8 @@ scale, counts, statistics) and DIR/recipe.yaml, which preprocesses the scored ro
 
   a sentence-transformers cross-encoder   its raw logits (or, with --sigmoid, 0..1); it sees query and passage alone
   a reranker of this project, or          the logit of "Yes" (or, with --sigmoid, 0..1); it is asked the `relation` of
-  BAAI/bge-reranker-v2.5-gemma2-          the recipe's dataset, or what suits its task type; --exit-layer and
-  lightweight                             --compress-ratio make it cheaper
+  BAAI/bge-reranker-v2.5-gemma2-          the recipe's dataset, or what suits its task type; --teacher-setting
+  lightweight                             makes it cheaper
   a SentenceTransformer                   the cosine, with the model's own prompts
   an embedder of this project             the cosine, with the rows' instructions and no examples
 
@@ -27,7 +27,6 @@ import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +37,8 @@ from pipeline.data.summary import align
 from pipeline.files import file_sha256, safe_name, write_text
 from pipeline.mining.block_store import BLOCK_ITEMS
 from pipeline.mining.folder import Record, own_folder, prepare_folder, read_record
-from pipeline.mining.kinds import PACKS_TOKENS, READS_PAIRS, Kind, check_reduction, find_kind, model_record
+from pipeline.mining.kinds import PACKS_TOKENS, READS_PAIRS, Kind, find_kind, find_setting, model_record
 from pipeline.mining.models import PairModel, TextModel, load_model
-from pipeline.mining.options import Reduction
 from pipeline.mining.scoring import TEMPERATURES, describe, score_dataset, scored_rows
 from pipeline.settings import load_settings
 
@@ -50,8 +48,12 @@ EPILOG = """examples:
   python pipeline/score_rows.py --config recipe.yaml --teacher models/bge-reranker-v2-m3 --out scored
   python pipeline/score_rows.py --config recipe.yaml --teacher runs/first --out scored --dataset squad_newwiki
   python pipeline/score_rows.py --config recipe.yaml --teacher runs/reranker --out scored
-  python pipeline/score_rows.py --config recipe.yaml --teacher bge-light --out light --exit-layer 25 --compress-ratio 2
+  python pipeline/score_rows.py --config recipe.yaml --teacher bge-light --out light --teacher-setting light
   python pipeline/preprocess.py --config scored/recipe.yaml
+
+a reranker's --teacher-setting is full; light, the paper's compressed one scaled to its depth (exit 25 of 42, 2 passage
+tokens to one behind the first merge layer); or any of exit=K (score after K layers), layers=I+J (merge behind these)
+and ratio=R (so many become one), without layers behind all of the model's own
 """
 
 
@@ -67,11 +69,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--dataset", action="append", default=[], metavar="NAME", help="only this dataset; may stand repeatedly"
     )
     parser.add_argument("--sigmoid", action="store_true", help="squash a cross-encoder's or reranker's logits to 0..1")
-    parser.add_argument(
-        "--exit-layer", type=int, metavar="K", help="of a reranker: score after K layers (default: all)"
-    )
-    ratio_help = "of a reranker: merge R neighbouring passage tokens behind each layer that it names (default: 1, none)"
-    parser.add_argument("--compress-ratio", type=int, default=1, metavar="R", help=ratio_help)
+    setting_help = "depth and width of a reranker: full (default), light, or as exit=18,layers=6+12,ratio=2"
+    parser.add_argument("--teacher-setting", metavar="TEXT", help=setting_help)
     parser.add_argument("--batch-size", type=int, help="of a sentence-transformers model (default: 32)")
     parser.add_argument("--overwrite", action="store_true", help="replace what was scored otherwise")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings on top of the recipe")
@@ -99,20 +98,20 @@ def score_rows(args: argparse.Namespace, block_items: int = BLOCK_ITEMS) -> None
     settings = load_settings(args.config, args.overrides)
     store = open_store(settings.data.store)
     chosen = choose_datasets(store, args.dataset)
-    kind, reduction = find_kind(args.teacher, "--teacher"), Reduction(args.exit_layer, args.compress_ratio)
+    kind = find_kind(args.teacher, "--teacher")
     check_options(args, kind)
-    check_reduction(args.teacher, kind, reduction)
+    setting = find_setting(args.teacher, kind, args.teacher_setting)
     relations = choose_relations(store, settings)
     print(f"teacher: {args.teacher} ({kind.replace('_', ' ')})", flush=True)
     record: Record = {
         "store": file_sha256(store.path / MANIFEST),
-        "teacher": model_record(args.teacher, kind, args.batch_size, reduction) | {"block_items": block_items},
+        "teacher": model_record(args.teacher, kind, args.batch_size, setting) | {"block_items": block_items},
         "sigmoid": args.sigmoid,
     }
     report: Record = {"kind": kind, "scale": None, "max_tokens": None, "datasets": {}}
     if kind == "reranker":
         record |= {"relations": relations}
-        report |= asdict(reduction) | {"relations": relations}
+        report |= {"setting": setting, "relations": relations}
     prepare_folder(args.out, {"scores": record}, args.overwrite)
     report_path = args.out / REPORT
     if report_path.is_file():
@@ -125,7 +124,7 @@ def score_rows(args: argparse.Namespace, block_items: int = BLOCK_ITEMS) -> None
             shutil.rmtree(work, ignore_errors=True)  # a run may have been killed just before it did this
             print(f"{table.name}: up to date")
             continue
-        teacher = teacher or load_model(args.teacher, "--teacher", args.batch_size, args.sigmoid, reduction)
+        teacher = teacher or load_model(args.teacher, "--teacher", args.batch_size, args.sigmoid, setting)
         start = time.monotonic()
         scores = score_dataset(store, table, relations[table.name], teacher, work, True, block_items)
         write_rows(args.out / rows_file(table.name), scored_rows(store, table, scores))
@@ -174,7 +173,7 @@ def score_table(store: TokenStore, report: Mapping[str, Any]) -> str:
     note = f"scale: {report['scale']}; read: distinct {unit}; cut: longer than the teacher's limit (tokens: {limits})"
     if report["kind"] == "reranker":
         asked = ", ".join(f"{name} {report['relations'][name]}" for name in report["datasets"])
-        note += f"\n{Reduction(report['exit_layer'], report['compress_ratio'])}; asked: {asked}"
+        note += f"\nsetting: {report['setting']}; asked: {asked}"
     return "\n".join([align(counts, num_left=1), note, align(shares, num_left=1)])
 
 

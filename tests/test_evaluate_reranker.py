@@ -25,15 +25,17 @@ from pipeline.evaluation.baselines import load_baseline
 from pipeline.evaluation.jobs import Job, Model, local_job
 from pipeline.evaluation.mteb_tasks import as_mteb
 from pipeline.evaluation.report import read_scores
-from pipeline.evaluation.reranking import Found, parse_setting, reorder, rerank_job
+from pipeline.evaluation.reranking import Found, reorder, rerank_job
 from pipeline.evaluation.tasks import RetrievalTask, load_retrieval_task, load_task
 from pipeline.inference.embedder import load_embedder
+from pipeline.inference.reduction import Reduction
 from pipeline.inference.reranker import LightweightReranker
 from pipeline.model.flop import pair_flop
 from pipeline.model.shapes import read_shape
 from pipeline.settings import LoraSettings
 
 TOP = 5
+WHOLE = Reduction(1, (), 1)  # of the Oracle below
 LIGHT = "exit=3,layers=1,ratio=2"
 
 
@@ -154,6 +156,8 @@ def test_records_hold_what_a_ranking_depends_on(command, words, own, reranker, t
         parts = [(pair.start, pair.stop - pair.start, len(pair.ids) - pair.stop) for pair in composed]
         return sum(pair_flop(shape, one, *how) for one in parts) / 6
 
+    names = ("exit_layer", "compress_layers", "compress_ratio", "depth")
+    assert [light[name] for name in names] == [2, [1], 2, 4] and [full[name] for name in names] == [4, [], 1, 4]
     assert full["flop_per_query"] == pytest.approx(flop(4)) and full["flop_saved"] == 0
     assert light["flop_per_query"] == pytest.approx(flop(2, (1,), 2))
     assert light["flop_saved"] == pytest.approx(1 - flop(2, (1,), 2) / flop(4))
@@ -161,8 +165,8 @@ def test_records_hold_what_a_ranking_depends_on(command, words, own, reranker, t
     assert (full["pairs"], full["pairs_cut"], full["top"], full["queries"]) == (24, 0, 4, 6)
     assert full["retriever"] == "bm25" and full["reranker"] == str(own[0]) and full["device"] == "cpu"
     assert re.fullmatch("[0-9a-f]{64}", full["fingerprint"]) and {"mteb", "torch"} <= full["versions"].keys()
-    # The same again takes its place; another depth stands beside it.
-    assert command("--top", "4", "--setting", "full") == 0
+    # The same again takes its place, by whatever text it was asked; another --top stands beside it.
+    assert command("--top", "4", "--setting", "exit=4", "--setting", "light", "--setting", "exit=2,ratio=2") == 0
     assert command("--top", "3", "--setting", "full") == 0
     rows = json.loads((tmp_path / "reranking.json").read_text())
     assert sorted((row["setting"], row["top"]) for row in rows if row["setting"] == "full") == [
@@ -219,14 +223,14 @@ class Oracle:
     def count_flop(self, composed: list[SimpleNamespace], reduction: Any) -> float:
         return float(len(composed))
 
-    def check_reduction(self) -> tuple[int, tuple[int, ...], int]:
-        return 1, (), 1
+    def read_setting(self, text: str) -> Reduction:
+        return WHOLE
 
 
 def values(job: Job, oracle: Any, top: int, model: Model | None = None) -> list[float]:
     """[of the retriever, of the reranker]."""
     model = model or Model("bm25", "f", None, load_baseline("bm25")[0])
-    return [row["value"] for row in rerank_job(model, oracle, job, {"full": (1, (), 1)}, top, "q-p")]
+    return [row["value"] for row in rerank_job(model, oracle, job, {"full": WHOLE}, top, "q-p")]
 
 
 def test_a_reranker_that_knows_gets_everything_right(words):
@@ -267,7 +271,7 @@ def test_candidates_that_the_retriever_left_out_are_reranked_too(tmp_path):
     given = {first: {"q0-4": 1.0, "q0-3": 1.0 + 1e-9}, second: {}}
     model, oracle = Model("given", "g", None, Given(given)), Oracle(task, 1)
     job = local_job(task, (), 0, "released")
-    rows = list(rerank_job(model, oracle, job, {"full": (1, (), 1)}, 10, "q-p"))
+    rows = list(rerank_job(model, oracle, job, {"full": WHOLE}, 10, "q-p"))
     assert [row["value"] for row in rows] == [0.0, 1.0]
     assert (rows[1]["candidates_unranked"], rows[1]["queries_unmatched"], rows[1]["pairs"]) == (6, 1, 8)
     # To mteb the two scores are one, and then the higher id is first; what has none follows, in no telling order.
@@ -288,7 +292,7 @@ def test_pairs_that_stand_twice_are_scored_once(words):
             Model("b", "f", None, load_baseline("bm25")[0]),
             oracle,
             local_job(task, (), 0, "released"),
-            {"full": (1, (), 1)},
+            {"full": WHOLE},
             100,
             "q-p",
         )
@@ -331,29 +335,10 @@ def test_a_public_task_on_a_local_copy_leaves_out_the_query_itself(command, tmp_
 
 
 @pytest.mark.parametrize(
-    ("text", "wanted"),
-    [
-        ("full", {}),
-        ("exit=18", {"exit_layer": 18}),
-        ("exit=18,layers=6+12,ratio=2", {"exit_layer": 18, "compress_layers": (6, 12), "compress_ratio": 2}),
-        ("ratio=4", {"compress_ratio": 4}),
-    ],
-)
-def test_settings_are_read(text, wanted):
-    assert parse_setting(text) == wanted
-
-
-@pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--setting", "depth=3"], "--setting depth=3: 'depth=3' is not understood; write full, or any of exit=18"),
-        (["--setting", "exit=3,exit=4"], "'exit=4' is not understood"),
-        (["--setting", "exit=three"], "'exit=three' is not understood"),
-        (["--setting", "layers=1"], "--setting layers=1: without a ratio above 1 nothing is merged"),
+        (["--setting", "full", "--setting", "depth=3"], "--setting depth=3: 'depth=3' is not understood; write full"),
         (["--setting", "exit=5"], "--setting exit=5: exit_layer=5 is none of the layers 2 to 4"),
-        (["--setting", "exit=1"], "--setting exit=1: exit_layer=1 is none of the layers 2 to 4"),
-        (["--setting", "layers=4,ratio=2"], "compress_layers=[4]: 4 is none of the layers 1 to 3"),
-        (["--setting", "ratio=0"], "--setting ratio=0: compress_ratio=0 must be 1"),
         (["--top", "0"], "--top 0 leaves nothing to rerank"),
         (["--relation", "a-b"], "relation='a-b' is unknown"),
         (["--num-examples", "1"], "--num-examples 1: bm25 knows no examples"),

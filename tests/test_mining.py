@@ -63,7 +63,7 @@ def ready(tmp_path_factory: pytest.TempPathFactory) -> Ready:
 def reranker(own: tuple[Path, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
     """A run folder with a random reranker, for whose limit some pairs are too long."""
     run = shutil.copytree(own[0], tmp_path_factory.mktemp("reranker") / "run")
-    change_json(run / "model/reranker.json", max_pair_tokens=56)
+    change_json(run / "model/reranker.json", max_pair_tokens=56, compress_layers=[1, 2])
     return run
 
 
@@ -205,12 +205,12 @@ def test_teacher_removes_what_it_scores_too_high(
     def teacher(query: str, text: str) -> float:
         if isinstance(model, CrossEncoder):
             return float(model.predict([(query, text)], show_progress_bar=False)[0])
-        logit = float(model.score([(query, text)], exit_layer=3, compress_ratio=2, relation="p-p")[0])
+        logit = float(model.score([(query, text)], 3, (1,), 2, "p-p")[0])
         return 1 / (1 + math.exp(-logit))
 
     more = ["--teacher", str(folder), "--teacher-ratio", "0.9", "--dataset", "symmetric_sts", "--max-ratio", "none"]
-    light = ["--exit-layer", "3", "--compress-ratio", "2"] if kind == "reranker" else []
-    assert main(ready.command(tmp_path / "out", *WINDOW, *more, *light)) == 0
+    setting = ["--teacher-setting", "ratio=2,layers=1,exit=3"] if kind == "reranker" else []
+    assert main(ready.command(tmp_path / "out", *WINDOW, *more, *setting)) == 0
     options = MiningOptions(3, 40, 5, max_ratio=None, teacher="x", teacher_ratio=0.9, num_nearest=6)
     slow = slow_result(ready, tmp_path / "out", "symmetric_sts", options, teacher)
     assert_same(ready, tmp_path / "out", "symmetric_sts", slow)
@@ -223,11 +223,13 @@ def test_teacher_removes_what_it_scores_too_high(
         rows = raw_rows(ready.store, table_of(ready.store, "symmetric_sts"))
         pairs = [*slow.seen_by_teacher, *((row["query"], text) for row in rows for text in row["pos"])]
         num_cut = sum(pair.passage_was_cut for pair in model.compose(pairs, "p-p"))
-        assert (counts["exit_layer"], counts["compress_ratio"], counts["pairs_cut"]) == (3, 2, num_cut) and num_cut
+        name = "exit=3,layers=1,ratio=2"
+        assert (counts["setting"], counts["pairs_cut"]) == (name, num_cut) and num_cut
         assert f"it cut {num_cut:,} pairs" in (tmp_path / "out/report.md").read_text()
-        assert "the teacher (exit layer 3, compress ratio 2) read" in (tmp_path / "out/report.md").read_text()
+        assert f"the teacher (setting {name}) read" in (tmp_path / "out/report.md").read_text()
         record = json.loads((tmp_path / "out/settings.json").read_text())["options"]
-        assert (record["teacher"]["exit_layer"], record["relations"]["symmetric_sts"]) == (3, "p-p")
+        assert (record["teacher"]["setting"], record["relations"]["symmetric_sts"]) == (name, "p-p")
+        assert "teacher_setting" not in record
 
 
 def test_words_are_those_of_the_slow_twin(ready: Ready, tmp_path: Path) -> None:
@@ -476,9 +478,15 @@ def test_another_model_is_refused_and_overwrite_embeds_anew(
         (["--max-score", "7"], "--max-score 7.0 must lie in -1..1"),
         (["--max-score", "nan"], "--max-score nan must be a finite number"),
         (["--embedder", "{reranker}"], "holds a reranker, which gives no embeddings"),
-        (["--exit-layer", "3"], "--exit-layer is for a reranker as --teacher, which is not given"),
-        (["--teacher", "{teacher}", "--compress-ratio", "2"], "--compress-ratio is for rerankers; --teacher "),
-        (["--teacher", "{reranker}", "--exit-layer", "5"], "exit_layer=5 is none of the layers 2 to 4 of this model"),
+        (["--teacher-setting", "light"], "--teacher-setting light is for a reranker as --teacher, which is not given"),
+        (
+            ["--teacher", "{teacher}", "--teacher-setting", "full"],
+            "--teacher-setting full is for rerankers; --teacher ",
+        ),
+        (
+            ["--teacher", "{reranker}", "--teacher-setting", "exit=5"],
+            "--teacher-setting exit=5: exit_layer=5 is none of the layers 2 to 4 of this model",
+        ),
         (["--teacher-ratio", "0"], "--teacher-ratio 0.0 must lie in 0..1"),
         (["--nearest", "-1"], "--nearest -1 must be 0"),
         (["--shard-texts", "0"], "--shard-texts 0 must be at least 1"),

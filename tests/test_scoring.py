@@ -131,7 +131,7 @@ def embedder(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def reranker(own: tuple[Path, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
     """A run folder with a random reranker of exits 2 to 4, for whose limit some pairs are too long."""
     run = shutil.copytree(own[0], tmp_path_factory.mktemp("reranker") / "run")
-    change_json(run / "model/reranker.json", max_pair_tokens=PAIR_LIMIT)
+    change_json(run / "model/reranker.json", max_pair_tokens=PAIR_LIMIT, compress_layers=[1, 2])
     return run
 
 
@@ -282,13 +282,13 @@ def test_a_reranker_is_asked_what_recipe_or_type_say(recipe: Path, reranker: Pat
 
 
 def test_a_reranker_at_a_depth_and_width_squashed(recipe: Path, reranker: Path, tmp_path: Path) -> None:
-    more = ["--dataset", "normal", "--sigmoid", "--exit-layer", "3", "--compress-ratio", "4"]
+    more = ["--dataset", "normal", "--sigmoid", "--teacher-setting", "exit=3,layers=1,ratio=4"]
     report = run_score(recipe, reranker, tmp_path / "out", *more)
-    assert (report["scale"], report["exit_layer"], report["compress_ratio"]) == ("sigmoid", 3, 4)
+    assert (report["scale"], report["setting"]) == ("sigmoid", "exit=3,layers=1,ratio=4")
     model = LightweightReranker(reranker, show_progress=False)
     for row in rows_of(tmp_path / "out/normal.jsonl")[::4]:
         for passage, score in zip(row["pos"] + row["neg"], row["pos_scores"] + row["neg_scores"], strict=True):
-            logit = float(model.score([(row["query"], passage)], exit_layer=3, compress_ratio=4)[0])
+            logit = float(model.score([(row["query"], passage)], 3, (1,), 4)[0])
             assert score == pytest.approx(1 / (1 + math.exp(-logit)), abs=1e-5)
 
 
@@ -297,8 +297,8 @@ def test_the_published_layout_scores(
     published: tuple[Path, Any],  # noqa: F811
     tmp_path: Path,
 ) -> None:
-    report = run_score(recipe, published[0], tmp_path / "out", "--dataset", "normal", "--exit-layer", "3")
-    assert (report["kind"], report["exit_layer"], report["max_tokens"]) == ("reranker", 3, 512)
+    report = run_score(recipe, published[0], tmp_path / "out", "--dataset", "normal", "--teacher-setting", "exit=3")
+    assert (report["kind"], report["setting"], report["max_tokens"]) == ("reranker", "exit=3", 512)
     model = LightweightReranker(published[0], show_progress=False)
     row = rows_of(tmp_path / "out/normal.jsonl")[0]
     pairs = [(row["query"], passage) for passage in row["pos"] + row["neg"]]
@@ -431,19 +431,21 @@ def test_scores_of_another_teacher_are_not_mixed(
 def test_a_reranker_that_is_run_or_asked_otherwise_is_not_mixed(
     recipe: Path, reranker: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run_score(recipe, reranker, tmp_path / "out", "--dataset", "symmetric_class", "--exit-layer", "3")
-    again = ["--teacher", str(reranker), "--out", str(tmp_path / "out"), "--config"]
+    run_score(recipe, reranker, tmp_path / "out", "--dataset", "symmetric_class", "--teacher-setting", "light")
+    again, light = ["--teacher", str(reranker), "--out", str(tmp_path / "out"), "--config"], "exit=2,layers=1,ratio=2"
     for more, message in (
-        ([str(recipe)], "  scores.teacher.exit_layer: there 3, now None\n"),
-        ([str(recipe), "--exit-layer=3", "--compress-ratio=2"], "  scores.teacher.compress_ratio: there 1, now 2\n"),
+        ([str(recipe)], f"  scores.teacher.setting: there {light}, now full\n"),
+        ([str(recipe), "--teacher-setting=exit=2"], f"  scores.teacher.setting: there {light}, now exit=2\n"),
         (
-            [str(asking(recipe, tmp_path / "recipe.yaml", symmetric_class="q-q")), "--exit-layer=3"],
+            [str(asking(recipe, tmp_path / "recipe.yaml", symmetric_class="q-q")), f"--teacher-setting={light}"],
             "  scores.relations.symmetric_class: there q-p, now q-q\n",
         ),
     ):
         assert main([*again, *more]) == 2
         found = capsys.readouterr().err
         assert message in found and found.count("there ") == 1
+    only = ["--dataset", "symmetric_class", "--teacher-setting", light]
+    assert main([*again, str(recipe), *only]) == 0 and "symmetric_class: up to date" in capsys.readouterr().out
 
 
 def test_what_decides_last_bits_is_recorded(
@@ -620,12 +622,17 @@ def test_warnings(entropy: dict[str, float] | None, temperature: float, words: s
         (["--teacher", "{bi}", "--batch-size", "0"], "--batch-size 0 must be at least 1"),
         (["--teacher", "{own}", "--batch-size", "8"], "--batch-size is for sentence-transformers models"),
         (["--teacher", "{rr}", "--batch-size", "8"], "this reranker packs by tokens: leave it out"),
-        (["--teacher", "{rr}", "--exit-layer", "1"], "exit_layer=1 is none of the layers 2 to 4 of this model"),
-        (["--teacher", "{rr}", "--exit-layer", "5"], "exit_layer=5 is none of the layers 2 to 4 of this model"),
-        (["--teacher", "{rr}", "--compress-ratio", "0"], "compress_ratio=0 must be 1 (no tokens are merged) or more"),
-        (["--teacher", "{published}", "--exit-layer", "1"], "exit_layer=1 is none of the layers 2 to 4 of this model"),
-        (["--teacher", "{cross}", "--exit-layer", "3"], "--exit-layer is for rerankers; --teacher "),
-        (["--teacher", "{own}", "--compress-ratio", "2"], "--compress-ratio is for rerankers; --teacher "),
+        (
+            ["--teacher", "{rr}", "--teacher-setting", "exit=5"],
+            "--teacher-setting exit=5: exit_layer=5 is none of the layers 2 to 4 of this model",
+        ),
+        (["--teacher", "{rr}", "--teacher-setting", "lite"], "--teacher-setting lite: 'lite' is not understood"),
+        (["--teacher", "{published}", "--teacher-setting", "exit=5"], "exit_layer=5 is none of the layers 2 to 4"),
+        (["--teacher", "{cross}", "--teacher-setting", "full"], "--teacher-setting full is for rerankers; --teacher "),
+        (
+            ["--teacher", "{own}", "--teacher-setting", "ratio=2"],
+            "--teacher-setting ratio=2 is for rerankers; --teacher ",
+        ),
         (["--teacher", "{bi}", "--dataset", "nq"], "--dataset nq: the store"),
     ],
 )

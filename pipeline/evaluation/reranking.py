@@ -9,7 +9,6 @@ N pairs.
 """
 
 import hashlib
-import re
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -29,10 +28,10 @@ from pipeline.evaluation.jobs import PACKAGES, Job, Model
 from pipeline.evaluation.memory import collect_notes
 from pipeline.evaluation.runner import encoder_of, prompted, score_mteb
 from pipeline.evaluation.tasks import join_title
-from pipeline.inference.reranker import LightweightReranker, Pair, Reduction
+from pipeline.inference.reduction import FULL, Reduction
+from pipeline.inference.reranker import LightweightReranker, Pair
 
-RETRIEVER, FULL = "retriever", "full"  # beside names as exit=18,layers=6+12,ratio=2: what ordered a ranking
-_KEYS = {"exit": "exit_layer", "layers": "compress_layers", "ratio": "compress_ratio"}
+RETRIEVER = "retriever"  # beside names of settings: what ordered a ranking
 
 Row = dict[str, Any]
 Part = tuple[str, str, str]  # task of mteb, subset, split
@@ -50,43 +49,6 @@ class Found:
     unranked: int  # given candidates that it left out; they stand below all others
 
 
-def parse_setting(text: str) -> dict[str, Any]:
-    """The arguments of `LightweightReranker.check_reduction` that a setting as `exit=18,layers=6+12,ratio=2` names.
-
-    Raises:
-        ValueError: it is not of that form, or names layers that nothing is merged at.
-    """
-    found: dict[str, Any] = {}
-    for part in text.split(",") if text != FULL else ():
-        key, _, value = part.partition("=")
-        wanted = r"\d+(\+\d+)*" if key == "layers" else r"-?\d+"
-        if _KEYS.get(key, key) in found or key not in _KEYS or not re.fullmatch(wanted, value):
-            raise ValueError(
-                f"--setting {text}: {part!r} is not understood; write {FULL}, or any of exit=18, layers=6+12 and "
-                "ratio=2, each once, with commas between them"
-            )
-        found[_KEYS[key]] = tuple(map(int, value.split("+"))) if key == "layers" else int(value)
-    if "compress_layers" in found and found.get("compress_ratio", 1) == 1:
-        raise ValueError(f"--setting {text}: without a ratio above 1 nothing is merged at layers; add ratio=2, say")
-    return found
-
-
-def choose_reductions(reranker: LightweightReranker, settings: Sequence[str]) -> dict[str, Reduction]:
-    """Name -> depth and width, each once; of no settings the whole model and the paper's compressed one.
-
-    Raises:
-        ValueError: a setting that this model has not.
-    """
-    chosen = [] if settings else [reranker.check_reduction(), reranker.light_reduction()]
-    for text in settings:
-        arguments = parse_setting(text)
-        try:
-            chosen.append(reranker.check_reduction(**arguments))
-        except ValueError as error:
-            raise ValueError(f"--setting {text}: {error}") from error
-    return {_name(reduction, reranker.model.depth): reduction for reduction in chosen}
-
-
 def rerank_job(
     model: Model,
     reranker: LightweightReranker,
@@ -99,6 +61,7 @@ def rerank_job(
 
     Args:
         job: of type retrieval or reranking; an embedder gets its examples.
+        reductions: by their names.
         top: so many of the retriever's first passages are reranked; the others stay below them.
         relation: what is asked of a pair, as of `LightweightReranker.score`.
     """
@@ -119,7 +82,7 @@ def rerank_job(
         "tokens_per_pair": sum(len(pair.ids) for pair in composed) / max(1, len(composed)),
         "depth": reranker.model.depth,
     }
-    whole = reranker.count_flop(composed, reranker.check_reduction())
+    whole = reranker.count_flop(composed, reranker.read_setting(FULL))
     for name, reduction in reductions.items():
         started = time.monotonic()
         with collect_notes() as notes:
@@ -131,9 +94,7 @@ def rerank_job(
         flop = reranker.count_flop(composed, reduction)
         yield shared | {
             "setting": name,
-            "exit_layer": reduction[0],
-            "compress_layers": list(reduction[1]),
-            "compress_ratio": reduction[2],
+            **reduction._asdict(),
             "value": value,
             "gain": value - before,
             "flop_per_query": flop / shared["queries"],
@@ -178,13 +139,6 @@ def _pairs(found: Found, top: int) -> Iterator[Pair]:
     for query, ids in found.order.items():
         for i in ids[:top]:
             yield found.queries[query], found.passages[i]
-
-
-def _name(reduction: Reduction, depth: int) -> str:
-    exit_layer, layers, ratio = reduction
-    if ratio == 1:
-        return FULL if exit_layer == depth else f"exit={exit_layer}"
-    return f"exit={exit_layer},layers={'+'.join(map(str, layers))},ratio={ratio}"
 
 
 def _parts(task: AbsTask) -> list[Any]:

@@ -17,12 +17,11 @@ from pipeline.inference.embedder import CHUNK_TOKENS
 from pipeline.inference.loading import find_model
 from pipeline.inference.passes import encode_sequences
 from pipeline.inference.prompting import check_texts, log_changes
+from pipeline.inference.reduction import Reduction, choose_reduction, read_setting
 from pipeline.inference.reranker_files import load_reranker_weights, read_reranker
 from pipeline.model.flop import pair_flop
-from pipeline.model.reranker import LIGHT_RATIO, scale_exit
 
 Pair = tuple[str, str]  # (query, passage)
-Reduction = tuple[int, tuple[int, ...], int]  # exit, layers behind which passage tokens are merged, how many to one
 
 
 class LightweightReranker:
@@ -79,11 +78,12 @@ class LightweightReranker:
         Raises:
             ValueError: not a list of pairs of texts, an unknown relation, or a depth or width that the model has not.
         """
-        reduction = self.check_reduction(exit_layer, compress_layers, compress_ratio)
+        own = self.description.compress_layers
+        reduction = choose_reduction(self.model.exits, own, exit_layer, compress_layers, compress_ratio)
         return self.score_composed(self.compose(pairs, relation), reduction)
 
     def score_composed(self, composed: Sequence[ComposedPair], reduction: Reduction) -> np.ndarray:
-        """As `score`, of what `compose` made, at what `check_reduction` gave: for pairs that are scored repeatedly."""
+        """As `score`, of what `compose` made, at what `read_setting` gave: for pairs that are scored repeatedly."""
         if not composed:
             return np.zeros(0, dtype=np.float32)
         depth, merges, ratio = reduction
@@ -102,25 +102,13 @@ class LightweightReranker:
             ids = [pair.ids for pair in composed]
             return encode_sequences(ids, forward, self.chunk_tokens, done=bar.update)[:, 0]
 
-    def check_reduction(
-        self, exit_layer: int | None = None, compress_layers: Sequence[int] | None = None, compress_ratio: int = 1
-    ) -> Reduction:
-        """(exit, layers that merge, ratio) of the arguments of `score`, its defaults filled in and what changes nothing
-        left out; ValueError as there."""
-        depth = self.model.depth if exit_layer is None else exit_layer
-        layers = self.description.compress_layers if compress_layers is None else tuple(compress_layers)
-        merges = layers if compress_ratio != 1 else ()
-        self.model.check_reduction(depth, merges, compress_ratio)
-        if compress_ratio > 1 and not merges:
-            raise ValueError(f"compress_ratio={compress_ratio}, but compress_layers is empty; name a layer, or ratio 1")
-        merges = tuple(sorted({layer for layer in merges if layer < depth}))
-        return depth, merges, compress_ratio if merges else 1
+    def read_setting(self, text: str) -> Reduction:
+        """Depth and width by a text: `full`, `light`, or as `exit=18,layers=6+12,ratio=2` (reduction.py).
 
-    def light_reduction(self) -> Reduction:
-        """The paper's compressed setting, scaled to this model's depth, as `check_reduction` gives it."""
-        exit_layer = scale_exit(self.model.depth, self.model.heads.first_exit)
-        first = self.description.compress_layers[:1]
-        return self.check_reduction(exit_layer, first, LIGHT_RATIO if first else 1)
+        Raises:
+            ValueError: it is not of that form, or asks what the model has not.
+        """
+        return read_setting(text, self.model.exits, self.description.compress_layers)
 
     def count_flop(self, composed: Sequence[ComposedPair], reduction: Reduction) -> float:
         """Arithmetic of scoring these pairs, by formula (pipeline/model/flop.py); arguments as of `score_composed`."""

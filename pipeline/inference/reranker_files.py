@@ -32,7 +32,7 @@ from pipeline.inference.loading import read_config, require_all_weights, require
 from pipeline.inference.saving import save_adapter, write_json
 from pipeline.model.base import read_row
 from pipeline.model.encoder import load_adapter, load_decoder
-from pipeline.model.reranker import FIRST_EXIT, Reranker, check_reduction
+from pipeline.model.reranker import FIRST_EXIT, Reranker
 from pipeline.prompts import BGE_RERANKER, PairTemplate
 from pipeline.settings import ModelSettings
 
@@ -151,22 +151,13 @@ def load_reranker_weights(folder: Path, description: RerankerDescription, device
     return reranker.to(device).eval()
 
 
-def require_reduction(folder: Path, exit_layer: int | None, compress_ratio: int) -> None:
-    """Refuse what `LightweightReranker.score` would refuse of a folder's reranker, without loading that.
-
-    Raises:
-        ValueError: a depth or width that the model has not; as `read_reranker`.
-    """
-    description, _ = read_reranker(folder)
-    if (folder / HEADS_FILE).is_file():
-        last_exit = description.first_exit + len(_read_heads(folder / HEADS_FILE)) - 1
+def read_exits(folder: Path, description: RerankerDescription) -> range:
+    """Layers that a folder's reranker can be scored at, the last its whole depth; ValueError for damaged files."""
+    if (folder / RERANKER_FILE).is_file():
+        last = description.first_exit + len(_read_heads(folder / HEADS_FILE)) - 1
     else:
-        last_exit = _gemma_config(read_config(folder)).num_hidden_layers
-    exits = range(description.first_exit, last_exit + 1)
-    layers = description.compress_layers if compress_ratio != 1 else ()
-    check_reduction(exits, last_exit if exit_layer is None else exit_layer, layers, compress_ratio)
-    if compress_ratio > 1 and not layers:
-        raise ValueError(f"compress_ratio={compress_ratio}, but the model has no layers to compress at; leave it out")
+        last = _gemma_config(read_config(folder)).num_hidden_layers
+    return range(description.first_exit, last + 1)
 
 
 def _read_heads(file: Path) -> Tensor:

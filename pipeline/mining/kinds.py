@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -10,7 +9,6 @@ from typing import Any, Literal
 from pipeline.inference.description import DESCRIPTION_FILE, PUBLISHED_RERANKER, RERANKER_FILE
 from pipeline.mining.block_store import BLOCK_ITEMS
 from pipeline.mining.folder import Record, folder_digest
-from pipeline.mining.options import WHOLE, Reduction
 
 Kind = Literal["cross_encoder", "reranker", "sentence_transformer", "embedder"]
 READS_PAIRS: tuple[Kind, ...] = ("cross_encoder", "reranker")
@@ -47,22 +45,23 @@ def find_kind(path: Path, option: str) -> Kind:
     return "cross_encoder" if is_cross_encoder else "sentence_transformer"
 
 
-def check_reduction(path: Path, kind: Kind, reduction: Reduction) -> None:
-    """ValueError for a depth or width at use that a teacher has not, before its weights are read."""
-    if reduction == WHOLE:
-        return
+def find_setting(path: Path, kind: Kind, text: str | None) -> str | None:
+    """The name of the depth and width that --teacher-setting asks of a reranker (None: full); None of other kinds.
+
+    Raises:
+        ValueError: a text for another kind, or one that asks what the reranker has not; its weights are not read.
+    """
     if kind != "reranker":
-        raise ValueError(f"{reduction.option} is for rerankers; --teacher {path} is run whole: leave it out")
-    from pipeline.inference.reranker_files import require_reduction
+        if text is not None:
+            raise ValueError(f"--teacher-setting {text} is for rerankers; --teacher {path} is run whole: leave it out")
+        return None
+    from pipeline.inference.reduction import FULL, resolve_settings
 
-    try:
-        require_reduction(model_folder(path), reduction.exit_layer, reduction.compress_ratio)
-    except ValueError as error:
-        raise ValueError(f"--teacher {path}: {error}") from error
+    return resolve_settings(model_folder(path), [text or FULL], "--teacher-setting")[0]
 
 
-def model_record(path: Path, kind: Kind, batch_size: int | None, reduction: Reduction = WHOLE) -> Record:
-    """What decides a model's numbers to the last bit: its files, and how they are run."""
+def model_record(path: Path, kind: Kind, batch_size: int | None, setting: str | None = None) -> Record:
+    """What decides a model's numbers to the last bit: its files, how they are run (`setting`: of `find_setting`)."""
     import torch
 
     record: Record = {
@@ -72,7 +71,7 @@ def model_record(path: Path, kind: Kind, batch_size: int | None, reduction: Redu
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
     }
     if kind == "reranker":
-        record |= asdict(reduction)
+        record["setting"] = setting
     ours = kind in PACKS_TOKENS
     packages = ("torch", "transformers") if ours else ("torch", "transformers", "sentence-transformers")
     return record | {package: version(package) for package in packages}

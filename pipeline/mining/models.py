@@ -14,7 +14,6 @@ from pipeline.data.store import TokenStore
 from pipeline.data.tokenizing import tokenize_pieces
 from pipeline.mining.block_store import Scored
 from pipeline.mining.kinds import BATCH_SIZE, Kind, find_kind
-from pipeline.mining.options import WHOLE, Reduction
 
 if TYPE_CHECKING:
     from sentence_transformers.base.model import BaseModel
@@ -53,7 +52,7 @@ def load_model(
     option: str,
     batch_size: int | None = None,
     sigmoid: bool = False,
-    reduction: Reduction = WHOLE,
+    setting: str | None = None,
 ) -> PairModel | TextModel:
     """Load a model onto the GPU if there is one.
 
@@ -61,7 +60,7 @@ def load_model(
         option: that named the folder, for messages.
         batch_size: pairs or texts of a forward pass of a sentence-transformers model (None: 32); ours packs by tokens.
         sigmoid: squash a cross-encoder's or reranker's logits to 0..1.
-        reduction: depth and width of a reranker.
+        setting: depth and width of a reranker, as `find_setting` names them; None: full.
 
     Raises:
         ValueError: the folder holds no model, one with several scores a pair, or files that do not belong together.
@@ -72,7 +71,7 @@ def load_model(
     if kind == "cross_encoder":
         return _load_cross_encoder(path, option, sigmoid, batch_size or BATCH_SIZE)
     if kind == "reranker":
-        return _load_reranker(path, sigmoid, reduction)
+        return _load_reranker(path, sigmoid, setting)
     return _load_sentence_transformer(path, batch_size or BATCH_SIZE)
 
 
@@ -83,13 +82,13 @@ def load_text_model(path: Path, option: str, batch_size: int | None) -> TextMode
     return model
 
 
-def load_judge(path: Path, store: TokenStore, batch_size: int | None, reduction: Reduction) -> Judge:
+def load_judge(path: Path, store: TokenStore, batch_size: int | None, setting: str | None) -> Judge:
     """A cross-encoder or reranker that scores pairs in 0..1: float32 [N], and bool [N] as of `Scored`.
 
     Raises:
         ValueError: it gives several scores a pair, or (later) what is not finite.
     """
-    teacher = load_model(path, "--teacher", batch_size, sigmoid=True, reduction=reduction)
+    teacher = load_model(path, "--teacher", batch_size, sigmoid=True, setting=setting)
     assert isinstance(teacher, PairModel)
 
     def judge(relation: str, pairs: Sequence[tuple[int, int]]) -> Scored:
@@ -133,19 +132,20 @@ def _load_cross_encoder(path: Path, option: str, sigmoid: bool, batch_size: int)
     return PairModel("cross_encoder", "sigmoid" if sigmoid else "logits", model.max_seq_length, score)
 
 
-def _load_reranker(path: Path, sigmoid: bool, reduction: Reduction) -> PairModel:
+def _load_reranker(path: Path, sigmoid: bool, setting: str | None) -> PairModel:
     import torch
 
+    from pipeline.inference.reduction import FULL
     from pipeline.inference.reranker import LightweightReranker
 
     _quiet_transformers()
     reranker = LightweightReranker(path, show_progress=False)
-    own_reduction = reranker.check_reduction(reduction.exit_layer, compress_ratio=reduction.compress_ratio)
+    reduction = reranker.read_setting(setting or FULL)
 
     def score(queries: Sequence[str], passages: Sequence[str], relation: str) -> Scored:
         composed = reranker.compose(list(zip(queries, passages, strict=True)), relation)
         cut_N = np.array([pair.query_was_cut or pair.passage_was_cut for pair in composed], dtype=bool)
-        scores_N = reranker.score_composed(composed, own_reduction)
+        scores_N = reranker.score_composed(composed, reduction)
         if sigmoid:
             scores_N = torch.sigmoid(torch.from_numpy(scores_N)).numpy()
         return scores_N[:, None], cut_N

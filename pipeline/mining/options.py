@@ -10,25 +10,6 @@ SHARD_TEXTS = 200_000  # embeddings in memory at a time: 3.3 GB at 4096 numbers 
 
 
 @dataclass(frozen=True)
-class Reduction:
-    """Depth and width of a reranker at use (arXiv 2409.15700v1, appendix D)."""
-
-    exit_layer: int | None = None  # score after so many layers; None: after all
-    compress_ratio: int = 1  # so many neighbouring passage tokens become one, behind the model's own layers
-
-    @property
-    def option(self) -> str:
-        """The option that asks for it, for messages."""
-        return "--compress-ratio" if self.exit_layer is None else "--exit-layer"
-
-    def __str__(self) -> str:
-        return f"exit layer {self.exit_layer or 'last'}, compress ratio {self.compress_ratio}"
-
-
-WHOLE = Reduction()
-
-
-@dataclass(frozen=True)
 class MiningOptions:
     """Rules by which negatives are chosen; a score is an inner product of unit vectors, or BM25's sum."""
 
@@ -40,7 +21,7 @@ class MiningOptions:
     # A candidate above ratio x the positive's score goes: TopK-PercPos of NV-Retriever (arXiv 2407.15831), 0.95 there.
     max_ratio: float | None = 0.95
     teacher: str | None = None  # folder of a cross-encoder or a reranker
-    reduction: Reduction = WHOLE  # of a reranker as teacher
+    teacher_setting: str | None = None  # depth and width of a reranker; None: full
     teacher_ratio: float = 0.95  # of the teacher's score of the positive
     corpus: Literal["dataset", "type"] = "dataset"
     keep_negatives: bool = False
@@ -73,8 +54,10 @@ def check_options(options: MiningOptions, embedder: str) -> None:
         raise ValueError(f"--margin {o.margin} must be 0 or more and finite")
     if o.margin is not None and embedder != BM25 and o.margin >= 2:
         raise ValueError(f"--margin {o.margin} must be below 2: scores of an embedder are cosines")
-    if o.teacher is None and o.reduction != WHOLE:
-        raise ValueError(f"{o.reduction.option} is for a reranker as --teacher, which is not given: leave it out")
+    if o.teacher is None and o.teacher_setting is not None:
+        raise ValueError(
+            f"--teacher-setting {o.teacher_setting} is for a reranker as --teacher, which is not given: leave it out"
+        )
     for name, value in (("--max-ratio", o.max_ratio), ("--teacher-ratio", o.teacher_ratio)):
         if value is not None and not 0 < value <= 1:
             raise ValueError(f"{name} {value} must lie in 0..1 (0 excluded); 0.95 keeps what scores below 95 %")

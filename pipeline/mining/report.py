@@ -5,7 +5,6 @@ N rows, G mined negatives of all rows.
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import numpy as np
 
 from pipeline.files import safe_name, write_atomic, write_text
 from pipeline.mining.blocks import SHOWN_RANKS, MinedBlock, MiningInput
-from pipeline.mining.options import BM25, RECALL_RANKS, WHOLE, MiningOptions, Reduction
+from pipeline.mining.options import BM25, RECALL_RANKS, MiningOptions
 from pipeline.mining.rules import REASONS, active_rules
 from pipeline.mining.search import DenseIndex
 
@@ -59,11 +58,11 @@ def dataset_report(source: MiningInput, blocks: Sequence[MinedBlock]) -> Report:
 
 
 def _teacher(options: MiningOptions, counts: Sequence[int]) -> Report | None:
-    """What the teacher did, and how it was run where that was not whole; None without one."""
+    """What the teacher did, and a reranker's depth and width; None without one."""
     if options.teacher is None:
         return None
     found = dict(zip(("seen", "removed", "pairs_cut"), counts, strict=True))
-    return found | ({} if options.reduction == WHOLE else asdict(options.reduction))
+    return found if options.teacher_setting is None else found | {"setting": options.teacher_setting}
 
 
 def _texts_cut(source: MiningInput) -> dict[str, int] | None:
@@ -160,7 +159,7 @@ def _notes(report: Report, embedder: str) -> list[str]:
         )
     if teacher := report["teacher"]:
         seen, removed = teacher["seen"], teacher["removed"]
-        how = f" ({Reduction(teacher['exit_layer'], teacher['compress_ratio'])})" if "exit_layer" in teacher else ""
+        how = f" (setting {teacher['setting']})" if "setting" in teacher else ""
         lines.append(f"- the teacher{how} read {seen:,} drawn candidates and removed {removed:,}.")
         if cut := teacher["pairs_cut"]:
             lines.append(f"- it cut {cut:,} pairs of a query and a positive or candidate to its maximum length.")

@@ -96,12 +96,8 @@ class Reranker(nn.Module):
         """
         exits = self.exits if exits is None else exits
         for k in exits:
-            self.check_reduction(k, compress_layers, compress_ratio)
+            check_reduction(self.exits, k, compress_layers, compress_ratio)
         return plan_route(cu_seqlens, passage_S2, exits, compress_layers, compress_ratio)
-
-    def check_reduction(self, exit_layer: int, compress_layers: Sequence[int], compress_ratio: int) -> None:
-        """`check_reduction` of this model."""
-        check_reduction(self.exits, exit_layer, compress_layers, compress_ratio)
 
     def forward(self, input_ids_T: Tensor, route: Route) -> Tensor:
         """scores_SE, fp32: of every pair at every exit of the route, in rising order of exits.
