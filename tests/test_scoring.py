@@ -653,6 +653,7 @@ def test_user_errors(
     names = {"empty": tmp_path / "empty", "two": two, "bi": sentence_transformer, "own": embedder}
     names |= {"cross": cross_encoder, "rr": reranker, "published": published[0]}
     filled = [argument.format(**names) for argument in arguments]
+    capsys.readouterr()  # the bar of a model that was just written
     assert main(["--config", str(recipe), "--out", str(tmp_path / "out"), *filled]) == 2
     found = capsys.readouterr().err
     assert found.startswith("error: ") and message in found and found.count("\n") == 1
