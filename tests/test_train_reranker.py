@@ -1,5 +1,6 @@
 """Whole runs of a reranker through the launcher: trained, killed, resumed, saved, refused."""
 
+import dataclasses
 import json
 import shutil
 
@@ -7,8 +8,10 @@ import numpy as np
 import pytest
 from launching import REPOSITORY, launch, require_success
 from safetensors.torch import load_file
-from tiny_run import make_tiny_reranker_run
+from tiny_run import make_tiny_reranker_run, make_tiny_run
 
+from pipeline import train as train_embedder
+from pipeline import train_reranker
 from pipeline.data.pair_steps import draw_width
 from pipeline.inference.gate import GATE_FILE
 from pipeline.inference.reranker import LightweightReranker
@@ -17,7 +20,6 @@ from pipeline.model.reranker import scale_layers
 from pipeline.preprocess import main as preprocess
 from pipeline.runtime.checkpoint import require_same_run
 from pipeline.settings import load_settings
-from pipeline.training.reranking import check_settings
 
 TRAIN = REPOSITORY / "pipeline" / "train_reranker.py"
 # Two ranks, ZeRO-3, several chunks a step, dropout: what makes exact resume hard.
@@ -93,20 +95,20 @@ def test_a_killed_run_goes_on_bit_for_bit(recipe, whole_run, tmp_path):
         assert truth.keys() == found.keys() and all((truth[key] == found[key]).all() for key in truth), name
 
 
-@pytest.mark.parametrize(
-    ("override", "message"),
-    [
-        ("batch.examples.mode=in_batch", "a reranker reads pairs"),
-        ("loss.filter_margin=0.1", "loss.filter_margin is for embedders"),
-        ("model.trained=full", "trained by fresh adapters"),
-        ("run.chunk_tokens=180", "cannot hold one pair"),
-    ],
-)
-def test_what_a_reranker_would_not_do_is_refused(recipe, override, message):
-    overrides = [override, "preprocess.max_pair_tokens=190"] if "chunk" in override else [override]
-    check_settings(load_settings(recipe))
-    with pytest.raises(ValueError, match=message):
-        check_settings(load_settings(recipe, overrides))
+def test_each_entry_refuses_what_the_other_trains(recipe, tmp_path, capsys):
+    embedders = make_tiny_run(tmp_path)
+    for entry, config, said in (
+        (
+            train_embedder,
+            recipe,
+            "model.kind=reranker, and pipeline/train.py trains the embedders: start pipeline/train_",
+        ),
+        (train_reranker, embedders, "model.kind=embedder, and pipeline/train_reranker.py trains the rerankers: start "),
+    ):
+        assert entry.main(["--config", str(config), f"run.output_dir={tmp_path}/run"]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"error: {said}")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_limit_without_room_and_an_unknown_relation_are_said_in_one_line(recipe, tmp_path):
@@ -117,12 +119,24 @@ def test_a_limit_without_room_and_an_unknown_relation_are_said_in_one_line(recip
         load_settings(recipe, [entry])
 
 
-def test_a_checkpoint_of_a_reranker_is_no_embedders_and_the_other_way_round(recipe, whole_run):
+def test_a_checkpoint_of_a_reranker_is_no_embedders_and_the_other_way_round(recipe, whole_run, tmp_path):
     settings, checkpoint = load_settings(recipe, COMMON), whole_run[0] / "checkpoints" / "step-000006"
     inputs = json.loads((checkpoint / "state.json").read_text())["inputs"]
     require_same_run(checkpoint, settings, inputs)
-    embedders = {name: inputs[name] for name in ("data.store", "model.name")}
-    with pytest.raises(ValueError, match="was trained on another pair template .*, now nothing"):
-        require_same_run(checkpoint, settings, embedders)
+    known = {name: inputs[name] for name in ("data.store", "model.name")}
+    require_same_run(checkpoint, settings, known)  # as on a login node, where not all is read
+    embedders = dataclasses.replace(settings, model=dataclasses.replace(settings.model, kind="embedder"))
+    with pytest.raises(ValueError, match="was saved with model.kind='reranker', now 'embedder'"):
+        require_same_run(checkpoint, embedders, known)
     with pytest.raises(ValueError, match="was trained on another pair template .contents bge_rer"):
         require_same_run(checkpoint, settings, inputs | {"pair template": "bge_reranker-0"})
+    # Settings from before they had a kind, of which a reranker's say embedder.
+    old = tmp_path / "step-000006"
+    old.mkdir()
+    shutil.copy(checkpoint / "state.json", old)
+    lines = (checkpoint / "settings.yaml").read_text().replace("  kind: reranker\n", "")
+    (old / "settings.yaml").write_text(lines)
+    assert load_settings(old / "settings.yaml").model.kind == "embedder"
+    require_same_run(old, settings, inputs)
+    with pytest.raises(ValueError, match="was saved with model.kind='reranker', now 'embedder'"):
+        require_same_run(old, embedders, known)

@@ -1,4 +1,4 @@
-"""A reranker's run: its settings checked, its model and engine before the first step, its model saved after the last.
+"""A reranker's run: its model and engine before the first step, its model saved after the last.
 
 Store, plans, checkpoints and the loop are those of an embedder's run (run.py, steps.py).
 """
@@ -21,7 +21,6 @@ from pipeline.inference.reranker_gate import gate_scores
 from pipeline.model.encoder import require_rows
 from pipeline.model.merging import Route
 from pipeline.model.reranker import Reranker, load_reranker, scale_layers, yes_token
-from pipeline.model.reranker_loss import check_reranker_loss
 from pipeline.prompts import BGE_RERANKER
 from pipeline.runtime.engine import gathered, read_state, sharded_loading
 from pipeline.runtime.guards import require_alike
@@ -45,7 +44,6 @@ class RerankerRun(Run):
 def set_up_reranker(settings: Settings, ranks: Ranks, watch: Watch, held: contextlib.ExitStack) -> RerankerRun:
     """Data, model and engine of one rank; ValueErrors for what a user can mend. `held` keeps the run folder's lock."""
     require_alike_start(settings, ranks)
-    check_settings(settings)
     pairs = together(lambda: load_pair_tokenizer(settings.tokenizer_name, BGE_RERANKER), ranks)
     require_alike({"tokenizer of pairs": pairs.fingerprint}, ranks)
     own = {"pair template": BGE_RERANKER.version, "tokenizer of pairs": pairs.fingerprint}
@@ -77,30 +75,6 @@ def set_up_reranker(settings: Settings, ranks: Ranks, watch: Watch, held: contex
         relations=relations,
         reranker=reranker,
     )
-
-
-def check_settings(settings: Settings) -> None:
-    """ValueError for what a reranker's training would silently not do."""
-    check_reranker_loss(settings.loss)
-    if settings.batch.examples.asked_for:
-        raise ValueError(
-            f"batch.examples.mode={settings.batch.examples.mode}: a reranker reads pairs, without examples; set it to "
-            "none"
-        )
-    if settings.evaluation.every:
-        raise ValueError(
-            f"evaluation.every={settings.evaluation.every}: tasks are scored with embedders; leave out evaluation"
-        )
-    if settings.model.trained != "lora" or settings.model.adapter:
-        raise ValueError(
-            f"model.trained={settings.model.trained}, model.adapter={settings.model.adapter!r}: a reranker is trained "
-            "by fresh adapters; set model.trained=lora, and leave out model.adapter"
-        )
-    if settings.run.chunk_tokens < settings.preprocess.max_pair_tokens:
-        raise ValueError(
-            f"run.chunk_tokens={settings.run.chunk_tokens} cannot hold one pair of preprocess.max_pair_tokens="
-            f"{settings.preprocess.max_pair_tokens}; raise it or lower the limit"
-        )
 
 
 def require_room(pairs: PairTokenizer, relations: tuple[str, ...], max_pair_tokens: int) -> None:
