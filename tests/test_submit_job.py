@@ -426,7 +426,8 @@ def save_one(desk: Desk, step: int, *overrides: str) -> None:
     """A checkpoint as training writes it, with one small tensor."""
     settings = load_settings(desk.recipe, [f"run.output_dir={desk.run}", *overrides])
     tensors = {name: torch.zeros(2) for name in ("weight", "exp_avg", "exp_avg_sq")}
-    inputs = {"data.store": file_sha256(Path(settings.data.store) / "manifest.json")}
+    # As a run saves it; of the base model a login node knows nothing.
+    inputs = {"data.store": file_sha256(Path(settings.data.store) / "manifest.json"), "model.name": "0" * 64}
     save_checkpoint(desk.run / "checkpoints", TrainState(step=step, updates=step), {"a": tensors}, settings, inputs, 2)
     (desk.run / "settings.yaml").write_text(dump_settings(settings))
 
