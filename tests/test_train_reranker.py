@@ -98,16 +98,12 @@ def test_a_killed_run_goes_on_bit_for_bit(recipe, whole_run, tmp_path):
 def test_each_entry_refuses_what_the_other_trains(recipe, tmp_path, capsys):
     embedders = make_tiny_run(tmp_path)
     for entry, config, said in (
-        (
-            train_embedder,
-            recipe,
-            "model.kind=reranker, and pipeline/train.py trains the embedders: start pipeline/train_",
-        ),
-        (train_reranker, embedders, "model.kind=embedder, and pipeline/train_reranker.py trains the rerankers: start "),
+        (train_embedder, recipe, "reranker, and pipeline/train.py trains the embedders: start pipeline/train_reranker"),
+        (train_reranker, embedders, "embedder, and pipeline/train_reranker.py trains the rerankers: start pipeline/"),
     ):
         assert entry.main(["--config", str(config), f"run.output_dir={tmp_path}/run"]) == 2
-        (line,) = capsys.readouterr().err.splitlines()
-        assert line.startswith(f"error: {said}")
+        (line,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+        assert line.startswith(f"error: model.kind={said}")
     assert not (tmp_path / "run").exists()
 
 

@@ -4,7 +4,6 @@ Store, plans, checkpoints and the loop are those of an embedder's run (run.py, s
 """
 
 import contextlib
-import dataclasses
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,6 @@ from torch import Tensor
 
 from pipeline.data.pair_steps import choose_relations
 from pipeline.data.pairs import PairTokenizer, compose_pair, load_pair_tokenizer, tokenize_pair_pieces
-from pipeline.data.schedule import Schedule
 from pipeline.inference.gate import GATE_FILE
 from pipeline.inference.reranker_files import RerankerDescription, save_reranker
 from pipeline.inference.reranker_gate import gate_scores
@@ -27,7 +25,7 @@ from pipeline.runtime.guards import require_alike
 from pipeline.runtime.ranks import Ranks, by_first, together
 from pipeline.runtime.watch import Watch, mark
 from pipeline.settings import Settings
-from pipeline.training.run import Run, read_inputs, require_alike_start, start_engine
+from pipeline.training.run import Run, countable_shape, read_inputs, require_alike_start, start_engine
 
 log = logging.getLogger("train")
 
@@ -50,9 +48,6 @@ def set_up_reranker(settings: Settings, ranks: Ranks, watch: Watch, held: contex
     inputs = read_inputs(settings, ranks, watch, held, own)
     relations = tuple(choose_relations(inputs.store, settings).values())
     require_room(pairs, relations, settings.preprocess.max_pair_tokens)
-    require_groups(inputs.schedule)
-    # Every candidate is read with its query: a passage that stands in two groups is two pairs.
-    schedule = dataclasses.replace(inputs.schedule, distinct_passages=False)
 
     mark(watch, "the loading of the model")
     yes_id = together(lambda: yes_token(pairs.encoder.tokenizer), ranks)
@@ -62,15 +57,15 @@ def set_up_reranker(settings: Settings, ranks: Ranks, watch: Watch, held: contex
     require_context(reranker, settings)
     engine = start_engine(reranker, settings, ranks)
     log.info(
-        "exits %d to %d, merges behind layers %s; no FLOP in the metrics: those of pairs are not counted",
+        "exits %d to %d, merges behind layers %s",
         reranker.heads.first_exit,
         reranker.depth,
         ", ".join(map(str, scale_layers(reranker.depth)[1])) or "none",
     )
     return RerankerRun(
-        **(vars(inputs) | {"schedule": schedule}),
+        **vars(inputs),
         engine=engine,
-        shape=None,
+        shape=countable_shape(settings.model),
         pairs=pairs,
         relations=relations,
         reranker=reranker,
@@ -82,16 +77,6 @@ def require_room(pairs: PairTokenizer, relations: tuple[str, ...], max_pair_toke
     for relation in sorted(set(relations)):
         prompt_ids = tokenize_pair_pieces(pairs, [pairs.template.prompt(relation)], "prompt")[0]
         compose_pair(pairs, [0], [0], prompt_ids, max_pair_tokens)
-
-
-def require_groups(schedule: Schedule) -> None:
-    """ValueError for a dataset whose groups hold the positive alone: without in-batch negatives its loss is 0."""
-    for dataset in schedule.datasets:
-        if dataset.group_size < 2:
-            raise ValueError(
-                f"dataset {dataset.name!r} has group_size={dataset.group_size}: a reranker learns from the negatives "
-                "of its group alone; raise it"
-            )
 
 
 def require_context(reranker: Reranker, settings: Settings) -> None:

@@ -19,7 +19,7 @@ from pipeline.files import file_sha256, lease_patience, locked
 from pipeline.model.base import fingerprint_base
 from pipeline.model.encoder import MARKERS_FILE, Encoder, choose_trained, load_encoder, require_rows
 from pipeline.model.loss import require_dims
-from pipeline.model.reranker import Reranker
+from pipeline.model.reranker import Reranker, read_reranker_shape
 from pipeline.model.shapes import KNOWN, ModelShape, read_shape
 from pipeline.prompts import get_template
 from pipeline.runtime.checkpoint import find_checkpoint, require_same_run
@@ -151,7 +151,7 @@ def start_engine(model: Encoder | Reranker, settings: Settings, ranks: Ranks) ->
 def countable_shape(model: ModelSettings) -> ModelShape | None:
     """Shape of a decoder of LLaMA's kind; the arithmetic of others is not counted, and the log says so."""
     try:
-        shape = read_shape(model, num_markers=0)
+        shape = read_reranker_shape(model) if model.kind == "reranker" else read_shape(model, num_markers=0)
     except ValueError as error:
         log.info("no FLOP in the metrics: %s", error)
         return None

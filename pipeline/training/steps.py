@@ -210,7 +210,8 @@ def count_flop(run: Run, inputs: StepInputs, result: StepResult) -> StepFlop | N
     """Arithmetic of the step over all ranks; None for models whose shape is not known."""
     if run.shape is None:
         return None
-    model, work = run.settings.model, Work(inputs.num_tokens, inputs.num_squares, inputs.plan.num_sequences)
+    model, whole = run.settings.model, Work(inputs.num_tokens, inputs.num_squares, inputs.plan.num_sequences)
+    work = inputs.layer_work or whole
     forwards, causal = result.num_passes / inputs.num_chunks, model.attention == "causal"
     executed = executed_flop(run.shape, work, causal, forwards, model.activation_checkpointing)
     return StepFlop(executed, model_flop(run.shape, work))
