@@ -211,6 +211,50 @@ def test_job_text_of_4_nodes_with_8_gpus(full_dry_run: str, stage: str) -> None:
     compare(f"{stage}_4x8.sh", text + "\n")
 
 
+@pytest.fixture(scope="module")
+def reranker_inputs(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Overrides of reranker_gemma2.yaml: a row of each dataset, the shape of Gemma 2 9B, folders of the test's own."""
+    folder = tmp_path_factory.mktemp("reranker")
+    (folder / "gemma").mkdir()
+    config = {"model_type": "gemma2", "hidden_size": 3584, "intermediate_size": 14336, "num_hidden_layers": 42}
+    config |= {"num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 256, "vocab_size": 256000}
+    (folder / "gemma" / "config.json").write_text(json.dumps(config))
+    (folder / "gemma" / "model.safetensors").touch()
+    (folder / "rows").mkdir()
+    for dataset in load_settings(REPOSITORY / "recipes/reranker_gemma2.yaml").data.datasets:
+        (folder / "rows" / dataset.path).write_text(json.dumps({"query": "q", "pos": ["p"], "neg": ["n"]}) + "\n")
+    overrides = [f"model.name={folder}/gemma", f"data.root={folder}/rows", f"data.store={folder}/store"]
+    return [*overrides, f"run.output_dir={folder}/runs/reranker"]
+
+
+def test_a_rerankers_chain_trains_by_its_own_entry_and_evaluates_nothing(
+    desk: Desk, reranker_inputs: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(submit_job, "read_commit", lambda: ("0123456789abcdef", ""))
+    monkeypatch.chdir(REPOSITORY)
+    recipe, hardware = Path("recipes/reranker_gemma2.yaml"), ["--nodes", "1", "--gpus-per-node", "8"]
+    lengths = ["--query-tokens", "20", "--passage-tokens", "200", "--steps", "7000"]
+    flags = [*hardware, "--time", "24:00:00", *lengths, *reranker_inputs]
+    code, out, errors = desk.submit("--dry-run", *flags, config=recipe)
+    assert (code, errors) == (0, "")
+    folder = reranker_inputs[0].removeprefix("model.name=").removesuffix("/gemma")
+    out = out.replace(folder, "/shared").replace(str(REPOSITORY), "/checkout")
+    out = re.sub(r"\d{8}-\d{6}-0123456", "20300101-000000-0123456", out)
+    assert "preprocess (8 tasks, 04:00:00) -> train (1 node x 8 GPUs, 24:00:00 a start)\n" in out
+    assert "nothing is evaluated afterwards: bge-icl rerank scores a reranker" in out
+    assert "128 queries, 2,048 pairs, 475,136 tokens, 4 chunks a rank" in " ".join(out.split())
+    preprocess, train = (
+        out.split(f"/{stage}.sh\n")[1].split("\n\n====")[0].split("\ndry run:")[0] for stage in ("preprocess", "train")
+    )
+    assert "BGE_ICL_ENTRY=" not in preprocess
+    assert "\nexport BGE_ICL_ENTRY=pipeline/train_reranker.py\n" in train
+    compare("train_reranker_1x8.sh", train + "\n")
+    for asked, flag in ((["--task", "/nowhere"], "--task"), (["--stages", "train,evaluate"], "--stages")):
+        code, _, errors = desk.submit("--dry-run", *flags, *asked, config=recipe)
+        assert code == 2 and errors.startswith(f"error: {flag} asks for an evaluation, which a chain has none of")
+        assert errors.count("\n") == 1 and "bge-icl rerank" in errors
+
+
 def test_recorded_texts_are_what_bash_reads() -> None:
     for path in RECORDED.glob("*.sh"):
         subprocess.run(["bash", "-n", path], check=True)
@@ -589,7 +633,9 @@ def odd_jobs(run: Path, **changes: object) -> dict[str, str]:
     )  # fmt: skip
     options = replace(options, **changes)  # type: ignore[arg-type]
     bodies = snapshot.read_bodies(STAGES)
-    jobs = make_jobs(STAGES, bodies, options, run, run / "jobs/x", [str(run / "task")], 300, "a recipe\nexit 1")
+    jobs = make_jobs(
+        STAGES, bodies, options, run, run / "jobs/x", [str(run / "task")], 300, "a recipe\nexit 1", "embedder"
+    )
     return {job.stage: job.text for job in jobs}
 
 

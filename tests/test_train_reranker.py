@@ -12,12 +12,17 @@ from tiny_run import make_tiny_reranker_run, make_tiny_run
 
 from pipeline import train as train_embedder
 from pipeline import train_reranker
-from pipeline.data.pair_steps import draw_width
+from pipeline.data.pair_steps import RELATIONS, compose_pairs, draw_width, pair_parts
+from pipeline.data.pairs import load_pair_tokenizer
+from pipeline.data.sampling import make_schedule, plan_step
+from pipeline.data.store import open_store
 from pipeline.inference.gate import GATE_FILE
 from pipeline.inference.reranker import LightweightReranker
 from pipeline.inference.reranker_gate import gate_scores
-from pipeline.model.reranker import scale_layers
+from pipeline.model.flop import executed_flop, layer_work
+from pipeline.model.reranker import read_reranker_shape, scale_layers
 from pipeline.preprocess import main as preprocess
+from pipeline.prompts import BGE_RERANKER
 from pipeline.runtime.checkpoint import require_same_run
 from pipeline.settings import load_settings
 
@@ -42,6 +47,19 @@ def metrics(out):
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
+def flop_of(recipe, line):
+    """TFLOP a second and rank of a step, from its plan, pair by pair."""
+    settings = load_settings(recipe)
+    store, pt = open_store(settings.data.store), load_pair_tokenizer(settings.tokenizer_name, BGE_RERANKER)
+    plan = plan_step(store, make_schedule(store, settings), line["step"])
+    parts_C3 = pair_parts(compose_pairs(store, pt, plan, RELATIONS[plan.task_type], 56))
+    shape, width = read_reranker_shape(settings.model), (line["merge_layers"], line["merge_ratio"])
+    works = [layer_work(parts_C3[c : c + 1], 4, *width) for c in range(len(parts_C3))]
+    forwards = line["passes"] / line["chunks"]
+    flop = sum(executed_flop(shape, work, True, forwards, recomputed=False) for work in works)
+    return flop / (2 * line["seconds"]) / 1e12
+
+
 @pytest.fixture(scope="module")
 def whole_run(recipe, tmp_path_factory):
     out = tmp_path_factory.mktemp("whole")
@@ -60,6 +78,7 @@ def test_run_folder_holds_everything_and_the_model_scores(recipe, whole_run):
     seed, layers = load_settings(recipe).run.seed, scale_layers(4)[1]
     widths = [(tuple(line["merge_layers"]), line["merge_ratio"]) for line in lines]
     assert widths == [draw_width(seed, step, layers) for step in range(6)] and len(set(widths)) > 2
+    assert [line["tflops"] for line in lines] == pytest.approx([flop_of(recipe, line) for line in lines])
     assert sum(line["pair_passages_cut"] for line in lines) > 0 and "pairs cut |" in stdout
     assert "to 1 behind" in stdout
 

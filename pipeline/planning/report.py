@@ -15,7 +15,7 @@ def estimate_report(case: Case, workload: Workload, settings: Settings) -> str:
     blocks = [
         _head(case, settings),
         _step_lines(case, workload),
-        _memory_lines(plan_memory(case), case.cluster),
+        _memory_lines(plan_memory(case), case.cluster, "adapters and heads" if case.shape.exits else "adapters"),
         _time_lines(case, workload),
         _choices(case),
     ]
@@ -63,9 +63,12 @@ def _step_lines(case: Case, workload: Workload) -> list[str]:
     return [f"{name:<10} {value}" for name, value in fields]
 
 
-def _memory_lines(memory: Memory, cluster: Cluster) -> list[str]:
+def _memory_lines(memory: Memory, cluster: Cluster, trained: str) -> list[str]:
+    """`trained`: what the parts called adapters are of."""
+
     def lines(parts: dict[str, float]) -> list[str]:
-        return [f"  {name:<40} {value / GIB:8.2f}" for name, value in parts.items() if value]
+        named = {name.replace("adapters", trained): value for name, value in parts.items()}
+        return [f"  {name:<40} {value / GIB:8.2f}" for name, value in named.items() if value]
 
     table = [f"{'memory of a rank, GiB':<42} {memory.peak / GIB:8.2f}  of {USABLE * cluster.gpu_gib:.1f} usable"]
     table += ["always", *lines(memory.always)]
