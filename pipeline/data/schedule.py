@@ -57,7 +57,7 @@ class Schedule:
     limits: Limits
     examples: ExampleSettings
     fill_groups: bool
-    distinct_passages: bool = True  # False: every copy is encoded, the twin that tests and benchmarks compare with
+    distinct_passages: bool = True  # False: every copy is read, as in pairs, and in the twin that tests compare with
 
     @property
     def steps_per_epoch(self) -> int:

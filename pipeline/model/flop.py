@@ -11,6 +11,8 @@ that backward (arXiv 2307.08691, section 4.1).
 Two shares of a card's peak, as that appendix names them: hardware FLOP utilisation (HFU) counts all that is executed,
 what is done twice included; model FLOP utilisation (MFU) counts what one forward and one backward pass need, here 4NT
 for T tokens (6NT where every weight trains), without attention.
+
+C pairs.
 """
 
 from collections.abc import Sequence

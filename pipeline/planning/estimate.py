@@ -4,7 +4,8 @@ Memory of a rank is what lives all the time (weights, optimizer, buffers) and th
 
     pass 1      a chunk without a graph
     loss        the kept graphs; 4 SD fp32: the step's embeddings on every rank, their gradient, two slices' gradients;
-                6 (B/W)P fp32 of the eager loss or the kernel's workspace (P passages, B queries)
+                6 (B/W)P fp32 of the eager loss or the kernel's workspace (P passages, B queries); of a reranker
+                4 SE of scores (S pairs, E exits), its loss being as small
     pass 2      the kept graphs, what backward adds to them, and the adapters' gradients
     step        gradients, reduction buckets, Adam's temporaries
 
