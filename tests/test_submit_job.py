@@ -20,6 +20,7 @@ import pytest
 import torch
 from launching import REPOSITORY, environment
 from test_evaluation import write_task
+from tiny_run import make_tiny_reranker_run
 
 from pipeline import submit_job
 from pipeline.cluster import checks, folder_checks, snapshot
@@ -466,14 +467,28 @@ def test_a_run_folder_of_a_job_that_waits(desk: Desk, place: str) -> None:
     assert desk.submit("--dry-run", "--nodes", "2", *ON_CPUS)[0] == 0
 
 
-def save_one(desk: Desk, step: int, *overrides: str) -> None:
+def save_one(desk: Desk, step: int, *overrides: str, **more_inputs: str) -> None:
     """A checkpoint as training writes it, with one small tensor."""
     settings = load_settings(desk.recipe, [f"run.output_dir={desk.run}", *overrides])
     tensors = {name: torch.zeros(2) for name in ("weight", "exp_avg", "exp_avg_sq")}
     # As a run saves it; of the base model a login node knows nothing.
     inputs = {"data.store": file_sha256(Path(settings.data.store) / "manifest.json"), "model.name": "0" * 64}
+    inputs |= more_inputs
     save_checkpoint(desk.run / "checkpoints", TrainState(step=step, updates=step), {"a": tensors}, settings, inputs, 2)
     (desk.run / "settings.yaml").write_text(dump_settings(settings))
+
+
+def test_a_reranker_goes_on_by_the_pairs_of_its_store(desk: Desk, tmp_path: Path) -> None:
+    (tmp_path / "reranker").mkdir()
+    recipe = make_tiny_reranker_run(tmp_path / "reranker")
+    build_store(load_settings(recipe))
+    save_one(replace(desk, recipe=recipe), 4, **{"pair template": "bge_reranker-0"})
+    flags = ["--dry-run", "--nodes", "1", "--gpus-per-node", "2", "--time", "60"]
+    code, out, errors = desk.submit(*flags, config=recipe)
+    assert code == 0, errors
+    assert "training goes on after step 4" in out and "16 of 26 steps of the store, their pairs tokenized" in out
+    code, _, errors = desk.submit(*flags, "model.kind=embedder", config=recipe)
+    assert code == 2 and "was saved with model.kind='reranker', now 'embedder'" in errors
 
 
 def test_a_run_folder_of_another_recipe(desk: Desk) -> None:
