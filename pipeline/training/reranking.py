@@ -5,14 +5,16 @@ Store, plans, checkpoints and the loop are those of an embedder's run (run.py, s
 
 import contextlib
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from torch import Tensor
 
-from pipeline.data.pair_steps import choose_relations
+from pipeline.data.pair_steps import choose_relations, pack_pairs
 from pipeline.data.pairs import PairTokenizer, compose_pair, load_pair_tokenizer, tokenize_pair_pieces
+from pipeline.data.sampling import plan_step
 from pipeline.inference.gate import GATE_FILE
 from pipeline.inference.reranker_files import RerankerDescription, save_reranker
 from pipeline.inference.reranker_gate import gate_scores
@@ -22,7 +24,9 @@ from pipeline.model.reranker import Reranker, load_reranker, scale_layers, yes_t
 from pipeline.prompts import BGE_RERANKER
 from pipeline.runtime.engine import gathered, read_state, sharded_loading
 from pipeline.runtime.guards import require_alike
+from pipeline.runtime.pair_step import prepare_pair_step, run_pair_step, score_chunk
 from pipeline.runtime.ranks import Ranks, by_first, together
+from pipeline.runtime.step import StepInputs
 from pipeline.runtime.watch import Watch, mark
 from pipeline.settings import Settings
 from pipeline.training.run import Run, countable_shape, read_inputs, require_alike_start, start_engine
@@ -35,7 +39,6 @@ class RerankerRun(Run):
     """The run of a reranker."""
 
     pairs: PairTokenizer
-    relations: tuple[str, ...]  # of each dataset of the store: what is asked of its pairs
     reranker: Reranker
 
 
@@ -46,7 +49,7 @@ def set_up_reranker(settings: Settings, ranks: Ranks, watch: Watch, held: contex
     require_alike({"tokenizer of pairs": pairs.fingerprint}, ranks)
     own = {"pair template": BGE_RERANKER.version, "tokenizer of pairs": pairs.fingerprint}
     inputs = read_inputs(settings, ranks, watch, held, own)
-    relations = tuple(choose_relations(inputs.store, settings).values())
+    relations = list(choose_relations(inputs.store, settings).values())
     require_room(pairs, relations, settings.preprocess.max_pair_tokens)
 
     mark(watch, "the loading of the model")
@@ -62,17 +65,24 @@ def set_up_reranker(settings: Settings, ranks: Ranks, watch: Watch, held: contex
         reranker.depth,
         ", ".join(map(str, scale_layers(reranker.depth)[1])) or "none",
     )
+
+    def prepare(step: int) -> StepInputs:
+        plan = plan_step(inputs.store, inputs.schedule, step)
+        return prepare_pair_step(inputs.store, pairs, plan, relations[plan.dataset], reranker.depth, settings, ranks)
+
     return RerankerRun(
         **vars(inputs),
         engine=engine,
         shape=countable_shape(settings.model),
+        prepare=prepare,
+        run_step=lambda step_inputs: run_pair_step(engine, step_inputs, settings, ranks, watch),
+        forward_nothing=lambda: score_chunk(engine, pack_pairs(np.zeros(0, dtype=np.int64), []), (), 1, ranks.device),
         pairs=pairs,
-        relations=relations,
         reranker=reranker,
     )
 
 
-def require_room(pairs: PairTokenizer, relations: tuple[str, ...], max_pair_tokens: int) -> None:
+def require_room(pairs: PairTokenizer, relations: Sequence[str], max_pair_tokens: int) -> None:
     """ValueError for an unknown relation, or a limit that leaves no room for a passage beside its prompt."""
     for relation in sorted(set(relations)):
         prompt_ids = tokenize_pair_pieces(pairs, [pairs.template.prompt(relation)], "prompt")[0]
