@@ -135,7 +135,7 @@ def count_flop(config: Any) -> dict[str, tuple[int, float]]:
 def write_recipe(train: Path, name: str) -> Path:
     """Recipe of the reranker over raw files, preprocessed: SmolLM2-135M, as many steps as two cores do in two hours."""
     recipe = {
-        "model": {"name": str(BASE), "dtype": "fp32", "lora": {"rank": 32, "alpha": 64}},
+        "model": {"kind": "reranker", "name": str(BASE), "dtype": "fp32", "lora": {"rank": 32, "alpha": 64}},
         "preprocess": {
             "max_pair_tokens": 224,
             "max_query_tokens": 256,

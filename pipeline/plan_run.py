@@ -1,7 +1,8 @@
 """Show what a training run will do, without running it: `python pipeline/plan_run.py --config RECIPE --step 17`.
 
 Prints the schedule of all datasets and the plan of one step: rows, examples, candidates, distinct passages, chunks.
-Plans are a pure function of the step, so any step can be shown at once. Needs the token store, no model and no GPU.
+Plans are a pure function of the step, so any step can be shown at once. Needs the token store, no model and no GPU;
+for a reranker, whose pairs are tokenized here, also the tokenizer and the model's config.json.
 With --estimate it prints what the run will need (memory of a rank by part, chunks, time, GPU-hours) from the recipe,
 its DeepSpeed JSON and the model's config.json; formulas in pipeline/planning/. Without a store, state mean lengths.
 """
@@ -11,25 +12,19 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-
-from pipeline.data.composing import plan_lengths
-from pipeline.data.packing import deal
-from pipeline.data.sampling import Schedule, check_world_size, make_schedule, plan_step, share_saved
-from pipeline.data.shown import count_shown
+from pipeline.data.sampling import Schedule, check_world_size, make_schedule, plan_step
 from pipeline.data.store import TokenStore, open_store, require_match
-from pipeline.datatypes import RULES, BatchPlan
+from pipeline.model.reranker import read_reranker_shape
 from pipeline.model.shapes import read_shape
-from pipeline.planning.cases import make_case, sampled_workload, stated_workload
-from pipeline.planning.flags import add_flags, check_flags, read_cluster
+from pipeline.planning.cases import make_case
+from pipeline.planning.flags import add_flags, check_flags, read_cluster, read_workload
+from pipeline.planning.pair_report import pair_query_report, pair_step_report
 from pipeline.planning.report import estimate_report
 from pipeline.planning.sharding import read_sharding
-from pipeline.prompts import Template, get_template, render_query
+from pipeline.planning.step_report import query_report, step_report
+from pipeline.prompts import get_template
 from pipeline.runtime.sharding_json import read_deepspeed_json, require_exact
 from pipeline.settings import Settings, load_settings
-
-SHOWN_ROWS = 16
-SHOWN_CHARACTERS = 100
 
 
 def schedule_table(schedule: Schedule) -> str:
@@ -44,97 +39,6 @@ def schedule_table(schedule: Schedule) -> str:
     examples = schedule.examples
     end = f"{schedule.steps_per_epoch} steps an epoch; examples: {examples.mode}, up to {examples.max_examples} a query"
     return "\n".join([*_align(table, num_left=2), end])
-
-
-def step_report(store: TokenStore, schedule: Schedule, plan: BatchPlan, world_size: int, chunk_tokens: int) -> str:
-    """The plan of one step in numbers: rows, examples, candidates, passages, chunks of every rank."""
-    dataset = store.datasets[plan.dataset]
-    counts_B = np.diff(plan.example_offsets)
-    histogram = "  ".join(f"{k}: {n}" for k, n in enumerate(np.bincount(counts_B)))
-    line_B = dataset.source_line_N[plan.row_B].tolist()
-    more = f" ... ({len(line_B) - SHOWN_ROWS} more)" if len(line_B) > SHOWN_ROWS else ""
-    group_B = np.diff(plan.group_offsets)
-    fields = [
-        ("step", f"{plan.step} (epoch {plan.epoch}, {plan.step % schedule.steps_per_epoch} inside it)"),
-        ("dataset", f"{dataset.name} ({plan.task_type})"),
-        ("queries", f"{plan.num_queries}, of them seen a second time in this pass: {plan.num_rows_revisited}"),
-        ("source lines", ", ".join(map(str, line_B[:SHOWN_ROWS])) + more),
-        ("examples per query", f"{histogram}  (mean {counts_B.mean():.2f})"),
-        ("examples left out", f"{plan.num_examples_dropped} over the limit, {plan.num_examples_missing} not found"),
-        ("candidates", f"{group_B.sum()}, {group_B.min()} to {group_B.max()} a row"),
-        ("in-batch negatives", "yes" if plan.in_batch_negatives else "no"),
-        ("shown in-batch", f"{count_shown(plan)} negatives that their query's examples show"),
-        ("negatives repeated", str(plan.num_candidates_repeated)),
-        ("passages to encode", f"{plan.num_passages} ({share_saved(plan):.1%} of the candidates saved)"),
-    ]
-    if plan.filler:
-        fields.append(("filler", "yes: examples keep their length, not their content"))
-    report = [f"{name:<20} {value}" for name, value in fields]
-    return "\n".join([*report, *_chunk_lines(store, schedule, plan, world_size, chunk_tokens)])
-
-
-def _chunk_lines(
-    store: TokenStore, schedule: Schedule, plan: BatchPlan, world_size: int, chunk_tokens: int
-) -> list[str]:
-    length_S = plan_lengths(store, schedule.limits, plan)
-    ranks = deal(length_S, world_size, chunk_tokens)
-    total, in_queries = int(length_S.sum()), int(length_S[: plan.num_queries].sum())
-    lines = [
-        f"{'tokens':<20} {total} ({in_queries} in queries, {total - in_queries} in passages), padding 0",
-        f"{'chunks':<20} {len(ranks[0])} a rank, at most {chunk_tokens} tokens each",
-    ]
-    for rank, chunks in enumerate(ranks):
-        tokens = [int(length_S[chunk].sum()) for chunk in chunks]
-        sizes = ", ".join(f"{t} ({len(chunk)} sequences)" for t, chunk in zip(tokens, chunks, strict=True))
-        lines.append(f"  {f'rank {rank}':<18} {sum(tokens)} tokens: {sizes}")
-    return lines
-
-
-def query_report(store: TokenStore, schedule: Schedule, plan: BatchPlan, b: int, template: Template) -> str:
-    """One query of a step: where it comes from, its prompt as text, its candidates with teacher scores."""
-    if not 0 <= b < plan.num_queries:
-        raise ValueError(f"--query {b} is not in step {plan.step}: it has queries 0 to {plan.num_queries - 1}")
-    dataset = store.datasets[plan.dataset]
-    part = slice(int(plan.example_offsets[b]), int(plan.example_offsets[b + 1]))
-    shown_lines = dataset.source_line_N[plan.example_row_E[part]].tolist()
-    length = int(plan_lengths(store, schedule.limits, plan)[b])
-    lines = [
-        f"{'query':<20} {b}: source line {int(dataset.source_line_N[plan.row_B[b]])} of {dataset.name}",
-        f"{'examples':<20} " + (f"source lines {', '.join(map(str, shown_lines))}" if shown_lines else "none"),
-        f"{'tokens':<20} {length}, BOS and EOS included",
-        "prompt, before texts over a limit are cut:",
-        _indent(_prompt(store, plan, b, template)),
-        "candidates (score of the teacher, text):",
-    ]
-    for c in range(int(plan.group_offsets[b]), int(plan.group_offsets[b + 1])):
-        passage = plan.candidate_C[c]
-        score = plan.teacher_score_C[c]
-        role = "positive" if c == plan.group_offsets[b] else "negative"
-        text = " ".join(store.text(int(plan.passage_text_P[passage])).split())[:SHOWN_CHARACTERS]
-        lines.append(f"  {role}  {'-' if np.isnan(score) else f'{score:.4g}':>8}  {text}")
-    if RULES[plan.task_type].wrap_passages:
-        lines.append("candidates take the form of a query, with the instruction of their row and without examples")
-    return "\n".join(lines)
-
-
-def _prompt(store: TokenStore, plan: BatchPlan, b: int, template: Template) -> str:
-    """The prompt as text; filler stands as a note, since it has no text."""
-    first, last = int(plan.example_offsets[b]), int(plan.example_offsets[b + 1])
-    examples = [
-        (
-            store.instructions[plan.example_instruction_E[e]],
-            store.text(int(plan.example_query_E[e])),
-            store.text(int(plan.example_response_E[e])),
-        )
-        for e in range(first, last)
-    ]
-    note = f"[{len(examples)} examples as blank lines of the same length]\n" if plan.filler and examples else ""
-    instruction, query = store.instructions[plan.instruction_B[b]], store.text(int(plan.query_text_B[b]))
-    return note + render_query(template, instruction, query, () if plan.filler else examples)
-
-
-def _indent(text: str) -> str:
-    return "\n".join(f"  | {line}" for line in text.split("\n"))
 
 
 def _align(table: list[list[str]], num_left: int) -> list[str]:
@@ -156,6 +60,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
   python pipeline/plan_run.py --config recipes/bge_en_icl_public.yaml --step 7000 --world-size 64 run.chunk_tokens=32768
   python pipeline/plan_run.py --config recipes/bge_en_icl_public.yaml --estimate --nodes 4 --gpu-memory 80
   python pipeline/plan_run.py --config recipes/bge_en_icl_public.yaml --estimate --query-tokens 500 --passage-tokens 180
+  python pipeline/plan_run.py --config recipes/reranker_gemma2.yaml --estimate --query-tokens 20 --passage-tokens 200
 The store must exist (python pipeline/preprocess.py --config RECIPE), but for an estimate from stated lengths.""",
     )
     parser.add_argument("--config", required=True, help="recipe YAML; pipeline/settings.py documents every key")
@@ -193,11 +98,9 @@ def estimate_run(settings: Settings, arguments: argparse.Namespace) -> str:
         raise ValueError("model.trained=full is not estimated: the formulas are those of LoRA; set it to lora")
     require_exact(settings.run.deepspeed, settings.run.keep_graphs)
     sharding = read_sharding(read_deepspeed_json(settings.run.deepspeed))
-    if arguments.query_tokens is not None:
-        # Whether the model knows them already is not known without its tokenizer; three rows are nothing.
-        markers = len(get_template(settings.preprocess.template).markers)
-        workload = stated_workload(settings, arguments.query_tokens, arguments.passage_tokens, arguments.steps)
-    else:
+    # Whether the model knows them already is not known without its tokenizer; three rows are nothing.
+    markers, store, schedule = len(get_template(settings.preprocess.template).markers), None, None
+    if arguments.query_tokens is None:
         if not Path(settings.data.store).exists():
             raise ValueError(
                 f"data.store={settings.data.store} does not exist: preprocess first, or state mean lengths with "
@@ -205,8 +108,9 @@ def estimate_run(settings: Settings, arguments: argparse.Namespace) -> str:
             )
         store, schedule = _open(settings)
         markers = sum(1 for subtokens in store.manifest.tokens.marker_subtokens if subtokens)
-        workload = sampled_workload(store, schedule, settings)
-    shape, cluster = read_shape(settings.model, markers), read_cluster(arguments)
+    reranks = settings.model.kind == "reranker"
+    shape = read_reranker_shape(settings.model) if reranks else read_shape(settings.model, markers)
+    workload, cluster = read_workload(arguments, settings, shape.layers, store, schedule), read_cluster(arguments)
     return estimate_report(make_case(settings, shape, sharding, cluster, workload.load), workload, settings)
 
 
@@ -224,6 +128,12 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.step is None:
         return
     plan = plan_step(store, schedule, arguments.step)
+    if settings.model.kind == "reranker":
+        depth = read_reranker_shape(settings.model).layers
+        print("\n" + pair_step_report(store, schedule, plan, settings, depth, world_size))
+        if arguments.query is not None:
+            print("\n" + pair_query_report(store, plan, settings, arguments.query))
+        return
     print("\n" + step_report(store, schedule, plan, world_size, settings.run.chunk_tokens))
     if arguments.query is not None:
         template = get_template(settings.preprocess.template)

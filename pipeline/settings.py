@@ -27,6 +27,7 @@ from pipeline.datatypes import TASK_TYPES
 from pipeline.prompts import BGE_RERANKER, get_template
 
 HUB_PREFIX = "hf://"  # of a dataset's path
+ENTRIES = {"embedder": "pipeline/train.py", "reranker": "pipeline/train_reranker.py"}  # model.kind -> what trains it
 
 
 def _path() -> Any:
@@ -44,8 +45,9 @@ class LoraSettings:
 
 @dataclass(frozen=True)
 class ModelSettings:
-    """The decoder that becomes an embedder."""
+    """The decoder, and what it becomes."""
 
+    kind: Literal["embedder", "reranker"] = "embedder"
     name: str = _path()  # hub name, or a folder (starting with "." or "/")
     num_layers: int | None = None  # keep only the first n layers
     attention: Literal["causal", "bidirectional"] = "causal"
@@ -401,7 +403,9 @@ def _validate(s: Settings) -> None:
             raise ValueError(f"{name} is not set; every recipe must name it")
     get_template(p.template)
     _require_positive(s)
-    if s.run.chunk_tokens < max(p.max_prompt_tokens, p.max_passage_tokens, p.max_query_tokens):
+    if s.model.kind == "reranker":
+        _validate_reranker(s)
+    elif s.run.chunk_tokens < max(p.max_prompt_tokens, p.max_passage_tokens, p.max_query_tokens):
         raise ValueError(
             f"run.chunk_tokens={s.run.chunk_tokens} cannot hold one sequence of preprocess.max_prompt_tokens="
             f"{p.max_prompt_tokens} / max_query_tokens={p.max_query_tokens} / max_passage_tokens="
@@ -434,6 +438,38 @@ def _validate(s: Settings) -> None:
         if d.relation:
             BGE_RERANKER.prompt(d.relation)
         _validate_source(d, f"data.datasets[{i}]")
+
+
+def _validate_reranker(s: Settings) -> None:
+    """What a reranker's training would silently not do."""
+    loss = s.loss
+    of_embedders = {
+        "distillation=m3_kd": loss.distillation == "m3_kd",
+        "filter_margin": loss.filter_margin is not None,
+        "filter_ratio": loss.filter_ratio is not None,
+        "mask_shown": loss.mask_shown,
+        "matryoshka_dims": bool(loss.matryoshka_dims),
+    }
+    if named := [name for name, is_set in of_embedders.items() if is_set]:
+        raise ValueError(f"loss.{named[0]} is for embedders; a reranker is trained without it: leave it out")
+    if s.batch.examples.asked_for:
+        raise ValueError(
+            f"batch.examples.mode={s.batch.examples.mode}: a reranker reads pairs, without examples; set it to none"
+        )
+    if s.evaluation.every:
+        raise ValueError(
+            f"evaluation.every={s.evaluation.every}: tasks are scored with embedders; leave out evaluation"
+        )
+    if s.model.trained != "lora" or s.model.adapter:
+        raise ValueError(
+            f"model.trained={s.model.trained}, model.adapter={s.model.adapter!r}: a reranker is trained by fresh "
+            "adapters; set model.trained=lora, and leave out model.adapter"
+        )
+    if s.run.chunk_tokens < s.preprocess.max_pair_tokens:
+        raise ValueError(
+            f"run.chunk_tokens={s.run.chunk_tokens} cannot hold one pair of preprocess.max_pair_tokens="
+            f"{s.preprocess.max_pair_tokens}; raise it or lower the limit"
+        )
 
 
 def _validate_loss(loss: LossSettings, examples: ExampleSettings) -> None:

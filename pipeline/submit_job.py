@@ -1,5 +1,6 @@
 """Submit a run to SLURM: preprocess -> train -> evaluate as one chain of jobs, after all checks that can be made.
 
+A reranker's recipe (model.kind) makes a chain of preprocess -> train: `bge-icl rerank` evaluates it afterwards.
 `--dry-run` shows the checks, the plan and each job text, and changes nothing. Otherwise the run folder gets a copy of
 code, recipe and DeepSpeed JSON (jobs/<time>-<commit>/), so that editing the checkout cannot change a job that waits. A
 job that is preempted, reaches its time limit or loses a node comes back by itself and goes on where it was.
@@ -38,7 +39,9 @@ def run(arguments: argparse.Namespace) -> None:
         [arguments.config, *arguments.overrides, f"(commit {commit[:7]}{' with changes' * bool(changes)})"]
     )
     bodies = read_bodies(facts.stages)
-    jobs = make_jobs(facts.stages, bodies, options, facts.run, folder, facts.tasks, facts.lead, origin)
+    jobs = make_jobs(
+        facts.stages, bodies, options, facts.run, folder, facts.tasks, facts.lead, origin, settings.model.kind
+    )
 
     print(head(facts, folder, origin))
     findings = check_run(facts)
@@ -96,9 +99,10 @@ def head(facts: Facts, folder: Path, origin: str) -> str:
     chain = " -> ".join(f"{stage} ({details[stage]})" for stage in facts.stages)
     lines = [f"submit     {origin}", f"run folder {facts.run}", f"stages     {chain}", f"copy       {folder}"]
     if "train" in facts.stages and "evaluate" not in facts.stages:
-        lines.append(
-            "           nothing is evaluated afterwards: no --task, no evaluation.tasks, or not among --stages"
-        )
+        why = "no --task, no evaluation.tasks, or not among --stages"
+        if facts.settings.model.kind == "reranker":
+            why = "bge-icl rerank scores a reranker, behind a retriever that you name"
+        lines.append(f"           nothing is evaluated afterwards: {why}")
     return "\n".join(lines) + "\n"
 
 
@@ -136,6 +140,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
   bge-icl submit --config r.yaml --nodes 2-4 --gpus-per-node 8 --time 12:00:00 --exclude-bad-nodes optim.lr=2e-4
   bge-icl submit --config r.yaml --nodes 2 --gpus-per-node 0 --tasks-per-node 1 --time 60 --stages train
   bge-icl submit --config r.yaml --nodes 4 --gpus-per-node 8 --time 24:00:00 --wrap "apptainer exec --nv /data/bge.sif"
+  bge-icl submit --config recipes/reranker_gemma2.yaml --nodes 1 --gpus-per-node 8 --time 24:00:00 --dry-run
 Submitting once more after a job has ended goes on from the newest checkpoint. What differs between sites (modules,
 environment, interface) stands in slurm/env.sh.""",
     )

@@ -57,7 +57,7 @@ def train(settings: Settings, ranks: Ranks, watch: Watch, held: contextlib.ExitS
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return run_command(parse_arguments(__doc__, EPILOG, argv), train)
+    return run_command(parse_arguments(__doc__, EPILOG, argv), "embedder", train)
 
 
 if __name__ == "__main__":

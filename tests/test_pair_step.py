@@ -6,7 +6,7 @@ import pytest
 from launching import REPOSITORY, launch, require_success
 from tiny_run import make_tiny_reranker_run
 
-from pipeline.data.pair_steps import RATIOS, draw_width
+from pipeline.data.pair_steps import RATIOS, draw_width, list_widths
 from pipeline.model.reranker import MERGE_LAYERS, PAPER_DEPTH, scale_layers
 from pipeline.preprocess import main as preprocess
 
@@ -36,6 +36,17 @@ def test_width_is_a_function_of_seed_and_step_and_every_choice_is_drawn():
     assert all((ratio == 1) == (layers == ()) and set(layers) <= set(MERGE_LAYERS) for layers, ratio in drawn)
     assert {(8,), MERGE_LAYERS} <= {layers for layers, _ in drawn}, "the paper's settings of one layer and of all"
     assert draw_width(7, 0, ()) == ((), 1)
+
+
+@pytest.mark.parametrize("layers", [(), (3,), (8, 16), MERGE_LAYERS])
+def test_the_list_of_widths_is_what_steps_draw_and_how_often(layers):
+    listed = {(merged, ratio): chance for merged, ratio, chance in list_widths(layers)}
+    assert len(listed) == len(list_widths(layers)) and sum(listed.values()) == pytest.approx(1)
+    number = 6000
+    drawn = Counter(draw_width(5, step, layers) for step in range(number))
+    assert drawn.keys() <= listed.keys()
+    for width, chance in listed.items():
+        assert abs(drawn[width] - number * chance) < 5 * (number * chance * (1 - chance)) ** 0.5 + 1e-9, width
 
 
 def test_layers_scale_with_the_depth():

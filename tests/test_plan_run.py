@@ -15,6 +15,7 @@ from pipeline.data.sampling import make_schedule, plan_step
 from pipeline.data.store import open_store
 from pipeline.data.tokenizing import load_tokenizer
 from pipeline.datatypes import BatchPlan
+from pipeline.planning.step_report import query_report, render_prompt
 from pipeline.prompts import get_template
 from pipeline.settings import load_settings
 
@@ -119,7 +120,7 @@ def test_filler_is_shown_as_a_note() -> None:
     schedule = make_schedule(store, make_settings(store, mode="filler"))
     plan = plan_step(store, schedule, 0)
     b = int((plan.example_offsets[1:] - plan.example_offsets[:-1]).argmax())
-    text = plan_run.query_report(store, schedule, plan, b, get_template("bge_en_icl"))
+    text = query_report(store, schedule, plan, b, get_template("bge_en_icl"))
     assert "examples as blank lines of the same length]" in text and text.count("<query>") == 1
 
 
@@ -163,7 +164,7 @@ def test_plans_of_a_real_store(tiny_recipe: Callable[..., Path], capsys: pytest.
             ids = sequence_ids(store, schedule.limits, plan, s).tolist()
             assert len(ids) == lengths[s] and ids[-1:] == list(pt.tokens.eos)
         for b in range(plan.num_queries):
-            prompt = plan_run._prompt(store, plan, b, template)
+            prompt = render_prompt(store, plan, b, template)
             whole = [*pt.tokens.bos, *pt.tokenizer(prompt, add_special_tokens=False)["input_ids"], *pt.tokens.eos]
             if len(whole) == lengths[b]:
                 assert sequence_ids(store, schedule.limits, plan, b).tolist() == whole

@@ -169,6 +169,33 @@ def test_the_smallest_chunk_that_holds_a_prompt(recipe: Path) -> None:
     assert load_settings(recipe, ["run.chunk_tokens=2048"]).run.chunk_tokens == 2048
 
 
+RERANKER = ["model.kind=reranker", "batch.examples.mode=none"]
+
+
+def test_a_chunk_of_a_reranker_need_hold_a_pair_only(recipe: Path) -> None:
+    assert load_settings(recipe, [*RERANKER, "run.chunk_tokens=512"]).run.chunk_tokens == 512
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("run.chunk_tokens=511", "run.chunk_tokens=511 cannot hold one pair of preprocess.max_pair_tokens=512"),
+        ("batch.examples.mode=in_batch", "batch.examples.mode=in_batch: a reranker reads pairs"),
+        ("evaluation={every: 5, tasks: [a]}", "evaluation.every=5: tasks are scored with embedders"),
+        ("model.trained=full", "model.trained=full, model.adapter='': a reranker is trained by fresh adapters"),
+        ("model.adapter=/a", "model.trained=lora, model.adapter='/a': a reranker is trained by fresh adapters"),
+        ("loss.distillation=m3_kd", "loss.distillation=m3_kd is for embedders"),
+        ("loss.filter_margin=0.1", "loss.filter_margin is for embedders"),
+        ("loss.filter_ratio=0.9", "loss.filter_ratio is for embedders"),
+        ("loss.mask_shown=true", "loss.mask_shown is for embedders"),
+        ("loss.matryoshka_dims=[8]", "loss.matryoshka_dims is for embedders"),
+    ],
+)
+def test_what_a_reranker_would_not_do_is_refused(recipe: Path, override: str, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        load_settings(recipe, [*RERANKER, override])
+
+
 @pytest.mark.parametrize("text", ["- a\n- b\n", "model: [", "just words"])
 def test_a_recipe_that_is_not_a_mapping(tmp_path: Path, text: str) -> None:
     path = tmp_path / "recipe.yaml"

@@ -20,6 +20,7 @@ import pytest
 import torch
 from launching import REPOSITORY, environment
 from test_evaluation import write_task
+from tiny_run import make_tiny_reranker_run
 
 from pipeline import submit_job
 from pipeline.cluster import checks, folder_checks, snapshot
@@ -209,6 +210,50 @@ def test_job_text_of_4_nodes_with_8_gpus(full_dry_run: str, stage: str) -> None:
     text = full_dry_run.split(f"/{stage}.sh\n")[1].split("\n\n====")[0].split("\ndry run:")[0]
     assert text.startswith("#!/usr/bin/env bash\n")
     compare(f"{stage}_4x8.sh", text + "\n")
+
+
+@pytest.fixture(scope="module")
+def reranker_inputs(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Overrides of reranker_gemma2.yaml: a row of each dataset, the shape of Gemma 2 9B, folders of the test's own."""
+    folder = tmp_path_factory.mktemp("reranker")
+    (folder / "gemma").mkdir()
+    config = {"model_type": "gemma2", "hidden_size": 3584, "intermediate_size": 14336, "num_hidden_layers": 42}
+    config |= {"num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 256, "vocab_size": 256000}
+    (folder / "gemma" / "config.json").write_text(json.dumps(config))
+    (folder / "gemma" / "model.safetensors").touch()
+    (folder / "rows").mkdir()
+    for dataset in load_settings(REPOSITORY / "recipes/reranker_gemma2.yaml").data.datasets:
+        (folder / "rows" / dataset.path).write_text(json.dumps({"query": "q", "pos": ["p"], "neg": ["n"]}) + "\n")
+    overrides = [f"model.name={folder}/gemma", f"data.root={folder}/rows", f"data.store={folder}/store"]
+    return [*overrides, f"run.output_dir={folder}/runs/reranker"]
+
+
+def test_a_rerankers_chain_trains_by_its_own_entry_and_evaluates_nothing(
+    desk: Desk, reranker_inputs: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(submit_job, "read_commit", lambda: ("0123456789abcdef", ""))
+    monkeypatch.chdir(REPOSITORY)
+    recipe, hardware = Path("recipes/reranker_gemma2.yaml"), ["--nodes", "1", "--gpus-per-node", "8"]
+    lengths = ["--query-tokens", "20", "--passage-tokens", "200", "--steps", "7000"]
+    flags = [*hardware, "--time", "24:00:00", *lengths, *reranker_inputs]
+    code, out, errors = desk.submit("--dry-run", *flags, config=recipe)
+    assert (code, errors) == (0, "")
+    folder = reranker_inputs[0].removeprefix("model.name=").removesuffix("/gemma")
+    out = out.replace(folder, "/shared").replace(str(REPOSITORY), "/checkout")
+    out = re.sub(r"\d{8}-\d{6}-0123456", "20300101-000000-0123456", out)
+    assert "preprocess (8 tasks, 04:00:00) -> train (1 node x 8 GPUs, 24:00:00 a start)\n" in out
+    assert "nothing is evaluated afterwards: bge-icl rerank scores a reranker" in out
+    assert "128 queries, 2,048 pairs, 475,136 tokens, 4 chunks a rank" in " ".join(out.split())
+    preprocess, train = (
+        out.split(f"/{stage}.sh\n")[1].split("\n\n====")[0].split("\ndry run:")[0] for stage in ("preprocess", "train")
+    )
+    assert "BGE_ICL_ENTRY=" not in preprocess
+    assert "\nexport BGE_ICL_ENTRY=pipeline/train_reranker.py\n" in train
+    compare("train_reranker_1x8.sh", train + "\n")
+    for asked, flag in ((["--task", "/nowhere"], "--task"), (["--stages", "train,evaluate"], "--stages")):
+        code, _, errors = desk.submit("--dry-run", *flags, *asked, config=recipe)
+        assert code == 2 and errors.startswith(f"error: {flag} asks for an evaluation, which a chain has none of")
+        assert errors.count("\n") == 1 and "bge-icl rerank" in errors
 
 
 def test_recorded_texts_are_what_bash_reads() -> None:
@@ -422,13 +467,28 @@ def test_a_run_folder_of_a_job_that_waits(desk: Desk, place: str) -> None:
     assert desk.submit("--dry-run", "--nodes", "2", *ON_CPUS)[0] == 0
 
 
-def save_one(desk: Desk, step: int, *overrides: str) -> None:
+def save_one(desk: Desk, step: int, *overrides: str, **more_inputs: str) -> None:
     """A checkpoint as training writes it, with one small tensor."""
     settings = load_settings(desk.recipe, [f"run.output_dir={desk.run}", *overrides])
     tensors = {name: torch.zeros(2) for name in ("weight", "exp_avg", "exp_avg_sq")}
-    inputs = {"data.store": file_sha256(Path(settings.data.store) / "manifest.json")}
+    # As a run saves it; of the base model a login node knows nothing.
+    inputs = {"data.store": file_sha256(Path(settings.data.store) / "manifest.json"), "model.name": "0" * 64}
+    inputs |= more_inputs
     save_checkpoint(desk.run / "checkpoints", TrainState(step=step, updates=step), {"a": tensors}, settings, inputs, 2)
     (desk.run / "settings.yaml").write_text(dump_settings(settings))
+
+
+def test_a_reranker_goes_on_by_the_pairs_of_its_store(desk: Desk, tmp_path: Path) -> None:
+    (tmp_path / "reranker").mkdir()
+    recipe = make_tiny_reranker_run(tmp_path / "reranker")
+    build_store(load_settings(recipe))
+    save_one(replace(desk, recipe=recipe), 4, **{"pair template": "bge_reranker-0"})
+    flags = ["--dry-run", "--nodes", "1", "--gpus-per-node", "2", "--time", "60"]
+    code, out, errors = desk.submit(*flags, config=recipe)
+    assert code == 0, errors
+    assert "training goes on after step 4" in out and "16 of 26 steps of the store, their pairs tokenized" in out
+    code, _, errors = desk.submit(*flags, "model.kind=embedder", config=recipe)
+    assert code == 2 and "was saved with model.kind='reranker', now 'embedder'" in errors
 
 
 def test_a_run_folder_of_another_recipe(desk: Desk) -> None:
@@ -588,7 +648,9 @@ def odd_jobs(run: Path, **changes: object) -> dict[str, str]:
     )  # fmt: skip
     options = replace(options, **changes)  # type: ignore[arg-type]
     bodies = snapshot.read_bodies(STAGES)
-    jobs = make_jobs(STAGES, bodies, options, run, run / "jobs/x", [str(run / "task")], 300, "a recipe\nexit 1")
+    jobs = make_jobs(
+        STAGES, bodies, options, run, run / "jobs/x", [str(run / "task")], 300, "a recipe\nexit 1", "embedder"
+    )
     return {job.stage: job.text for job in jobs}
 
 

@@ -1,5 +1,6 @@
 """Whole runs of a reranker through the launcher: trained, killed, resumed, saved, refused."""
 
+import dataclasses
 import json
 import shutil
 
@@ -7,17 +8,23 @@ import numpy as np
 import pytest
 from launching import REPOSITORY, launch, require_success
 from safetensors.torch import load_file
-from tiny_run import make_tiny_reranker_run
+from tiny_run import make_tiny_reranker_run, make_tiny_run
 
-from pipeline.data.pair_steps import draw_width
+from pipeline import train as train_embedder
+from pipeline import train_reranker
+from pipeline.data.pair_steps import RELATIONS, compose_pairs, draw_width, pair_parts
+from pipeline.data.pairs import load_pair_tokenizer
+from pipeline.data.sampling import make_schedule, plan_step
+from pipeline.data.store import open_store
 from pipeline.inference.gate import GATE_FILE
 from pipeline.inference.reranker import LightweightReranker
 from pipeline.inference.reranker_gate import gate_scores
-from pipeline.model.reranker import scale_layers
+from pipeline.model.flop import executed_flop, layer_work
+from pipeline.model.reranker import read_reranker_shape, scale_layers
 from pipeline.preprocess import main as preprocess
+from pipeline.prompts import BGE_RERANKER
 from pipeline.runtime.checkpoint import require_same_run
 from pipeline.settings import load_settings
-from pipeline.training.reranking import check_settings
 
 TRAIN = REPOSITORY / "pipeline" / "train_reranker.py"
 # Two ranks, ZeRO-3, several chunks a step, dropout: what makes exact resume hard.
@@ -40,6 +47,19 @@ def metrics(out):
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
+def flop_of(recipe, line):
+    """TFLOP a second and rank of a step, from its plan, pair by pair."""
+    settings = load_settings(recipe)
+    store, pt = open_store(settings.data.store), load_pair_tokenizer(settings.tokenizer_name, BGE_RERANKER)
+    plan = plan_step(store, make_schedule(store, settings), line["step"])
+    parts_C3 = pair_parts(compose_pairs(store, pt, plan, RELATIONS[plan.task_type], 56))
+    shape, width = read_reranker_shape(settings.model), (line["merge_layers"], line["merge_ratio"])
+    works = [layer_work(parts_C3[c : c + 1], 4, *width) for c in range(len(parts_C3))]
+    forwards = line["passes"] / line["chunks"]
+    flop = sum(executed_flop(shape, work, True, forwards, recomputed=False) for work in works)
+    return flop / (2 * line["seconds"]) / 1e12
+
+
 @pytest.fixture(scope="module")
 def whole_run(recipe, tmp_path_factory):
     out = tmp_path_factory.mktemp("whole")
@@ -58,6 +78,7 @@ def test_run_folder_holds_everything_and_the_model_scores(recipe, whole_run):
     seed, layers = load_settings(recipe).run.seed, scale_layers(4)[1]
     widths = [(tuple(line["merge_layers"]), line["merge_ratio"]) for line in lines]
     assert widths == [draw_width(seed, step, layers) for step in range(6)] and len(set(widths)) > 2
+    assert [line["tflops"] for line in lines] == pytest.approx([flop_of(recipe, line) for line in lines])
     assert sum(line["pair_passages_cut"] for line in lines) > 0 and "pairs cut |" in stdout
     assert "to 1 behind" in stdout
 
@@ -93,20 +114,16 @@ def test_a_killed_run_goes_on_bit_for_bit(recipe, whole_run, tmp_path):
         assert truth.keys() == found.keys() and all((truth[key] == found[key]).all() for key in truth), name
 
 
-@pytest.mark.parametrize(
-    ("override", "message"),
-    [
-        ("batch.examples.mode=in_batch", "a reranker reads pairs"),
-        ("loss.filter_margin=0.1", "loss.filter_margin is for embedders"),
-        ("model.trained=full", "trained by fresh adapters"),
-        ("run.chunk_tokens=180", "cannot hold one pair"),
-    ],
-)
-def test_what_a_reranker_would_not_do_is_refused(recipe, override, message):
-    overrides = [override, "preprocess.max_pair_tokens=190"] if "chunk" in override else [override]
-    check_settings(load_settings(recipe))
-    with pytest.raises(ValueError, match=message):
-        check_settings(load_settings(recipe, overrides))
+def test_each_entry_refuses_what_the_other_trains(recipe, tmp_path, capsys):
+    embedders = make_tiny_run(tmp_path)
+    for entry, config, said in (
+        (train_embedder, recipe, "reranker, and pipeline/train.py trains the embedders: start pipeline/train_reranker"),
+        (train_reranker, embedders, "embedder, and pipeline/train_reranker.py trains the rerankers: start pipeline/"),
+    ):
+        assert entry.main(["--config", str(config), f"run.output_dir={tmp_path}/run"]) == 2
+        (line,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+        assert line.startswith(f"error: model.kind={said}")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_limit_without_room_and_an_unknown_relation_are_said_in_one_line(recipe, tmp_path):
@@ -117,12 +134,24 @@ def test_a_limit_without_room_and_an_unknown_relation_are_said_in_one_line(recip
         load_settings(recipe, [entry])
 
 
-def test_a_checkpoint_of_a_reranker_is_no_embedders_and_the_other_way_round(recipe, whole_run):
+def test_a_checkpoint_of_a_reranker_is_no_embedders_and_the_other_way_round(recipe, whole_run, tmp_path):
     settings, checkpoint = load_settings(recipe, COMMON), whole_run[0] / "checkpoints" / "step-000006"
     inputs = json.loads((checkpoint / "state.json").read_text())["inputs"]
     require_same_run(checkpoint, settings, inputs)
-    embedders = {name: inputs[name] for name in ("data.store", "model.name")}
-    with pytest.raises(ValueError, match="was trained on another pair template .*, now nothing"):
-        require_same_run(checkpoint, settings, embedders)
+    known = {name: inputs[name] for name in ("data.store", "model.name")}
+    require_same_run(checkpoint, settings, known)  # as on a login node, where not all is read
+    embedders = dataclasses.replace(settings, model=dataclasses.replace(settings.model, kind="embedder"))
+    with pytest.raises(ValueError, match="was saved with model.kind='reranker', now 'embedder'"):
+        require_same_run(checkpoint, embedders, known)
     with pytest.raises(ValueError, match="was trained on another pair template .contents bge_rer"):
         require_same_run(checkpoint, settings, inputs | {"pair template": "bge_reranker-0"})
+    # Settings from before they had a kind, of which a reranker's say embedder.
+    old = tmp_path / "step-000006"
+    old.mkdir()
+    shutil.copy(checkpoint / "state.json", old)
+    lines = (checkpoint / "settings.yaml").read_text().replace("  kind: reranker\n", "")
+    (old / "settings.yaml").write_text(lines)
+    assert load_settings(old / "settings.yaml").model.kind == "embedder"
+    require_same_run(old, settings, inputs)
+    with pytest.raises(ValueError, match="was saved with model.kind='reranker', now 'embedder'"):
+        require_same_run(old, embedders, known)

@@ -60,7 +60,7 @@ def make_tiny_reranker_run(folder: Path) -> Path:
     """The same for a reranker: a causal model of four layers, whose tokenizer has "Yes" as one token."""
     path = make_tiny_run(folder)
     recipe = yaml.safe_load(path.read_text())
-    recipe["model"]["name"] = "./causal"
+    recipe["model"] |= {"kind": "reranker", "name": "./causal"}
     recipe["preprocess"]["max_pair_tokens"] = 56
     recipe["batch"] |= {"queries": 6, "symmetric_queries": 4, "group_size": 4, "examples": {"mode": "none"}}
     path.write_text(yaml.safe_dump(recipe, sort_keys=False))

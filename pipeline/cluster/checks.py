@@ -180,7 +180,8 @@ def check_memory(facts: Facts) -> list[Finding]:
     if need > card:
         raise ValueError(f"the run {next(note for note in notes if note.startswith('does not fit'))}")
     load, cost, nodes = case.load, plan_cost(case), case.cluster.nodes
-    step = f"{load.queries} queries, {load.sequences:,.0f} sequences, {load.tokens:,.0f} tokens, {cost.chunks} chunks"
+    unit = "pairs" if case.shape.exits else "sequences"
+    step = f"{load.queries} queries, {load.sequences:,.0f} {unit}, {load.tokens:,.0f} tokens, {cost.chunks} chunks"
     epochs = "" if facts.schedule is None else f"; {facts.schedule.steps_per_epoch:,} steps an epoch"
     text = f"{need:.1f} GiB of {USABLE * card:.1f} usable on a GPU, {host:.1f} GiB of a node's own; estimated for "
     text += count(nodes, "node")

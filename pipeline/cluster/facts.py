@@ -73,6 +73,8 @@ class Facts:
 def find_facts(settings: Settings, options: Options, arguments: argparse.Namespace) -> Facts:
     """ValueError for stages that make no sense; everything else that is wrong is for the checks."""
     run = Path(settings.run.output_dir)
+    if settings.model.kind == "reranker":
+        _require_no_evaluation(arguments)
     tasks = tuple(_resolved(task) for task in arguments.task or settings.evaluation.tasks)
     has_store = _is_there(Path(settings.data.store))
     stages = choose_stages(arguments.stages, has_store, len(tasks))
@@ -110,6 +112,16 @@ def find_facts(settings: Settings, options: Options, arguments: argparse.Namespa
         no_saving=no_saving,
         lead=choose_lead(options, parse_time("--time", options.time["train"]), pace, saving),
     )
+
+
+def _require_no_evaluation(arguments: argparse.Namespace) -> None:
+    """A chain knows neither the retriever nor the settings that `bge-icl rerank` scores a reranker with."""
+    asked = {"--task": arguments.task, "--stages": "evaluate" in (arguments.stages or "")}
+    if flags := [flag for flag, is_asked in asked.items() if is_asked]:
+        raise ValueError(
+            f"{flags[0]} asks for an evaluation, which a chain has none of for model.kind=reranker: leave it out; "
+            "bge-icl rerank scores the trained one, behind a retriever that you name"
+        )
 
 
 def _open(settings: Settings) -> tuple[TokenStore | None, Schedule | None, str]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from pipeline.cluster.options import Options
 from pipeline.cluster.wording import parse_time
 from pipeline.files import safe_name
+from pipeline.settings import ENTRIES
 
 PLAIN = set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-+=:;,./@%[]&")
 
@@ -31,6 +32,7 @@ def make_jobs(
     tasks: Sequence[str],
     lead: int,
     origin: str,
+    kind: str,
 ) -> list[Job]:
     """The jobs of the stages.
 
@@ -39,6 +41,7 @@ def make_jobs(
         folder: of this submission: code/ and recipe.yaml lie there.
         lead: seconds from the signal to the time limit of training.
         origin: what it was made from, in words, for the head of each text.
+        kind: what is trained (model.kind).
     """
     arguments = {stage: [str(folder / "recipe.yaml")] for stage in ("preprocess", "train")}
     arguments["evaluate"] = [str(run), *tasks]
@@ -54,7 +57,7 @@ def make_jobs(
             "# It runs the copy of the code beside it: later edits of the checkout do not reach it.",
             *(f"#SBATCH {_quoted(line)}" for line in _sbatch_lines(stage, options, name, log, folder, array, lead)),
             "",
-            *_variables(stage, options, run),
+            *_variables(stage, options, run, kind),
             f"set -- {shlex.join(arguments[stage])}",
             "",
             body_of(bodies[stage]),
@@ -99,7 +102,7 @@ def _shape(stage: str, options: Options) -> list[str]:
     return [*lines, f"--cpus-per-task={options.cpus_per_task}"]
 
 
-def _variables(stage: str, options: Options, run: Path) -> list[str]:
+def _variables(stage: str, options: Options, run: Path, kind: str) -> list[str]:
     """What the body reads; what is left out is for slurm/env.sh to say."""
     values = {"BGE_ICL_RUN": str(run), "BGE_ICL_MAX_STUCK": str(options.max_stuck)}
     values["BGE_ICL_EXCLUDE"] = str(int(options.exclude_bad_nodes))
@@ -107,6 +110,8 @@ def _variables(stage: str, options: Options, run: Path) -> list[str]:
     values |= {"BGE_ICL_WRAP": options.wrap} if options.wrap else {}
     if stage == "evaluate" and options.evaluate_options:
         values["BGE_ICL_EVALUATE"] = options.evaluate_options
+    if stage == "train" and kind != "embedder":  # whose entry the body has
+        values["BGE_ICL_ENTRY"] = ENTRIES[kind]
     if stage == "train" and options.nodes[0] < options.nodes[1]:
         values["BGE_ICL_MIN_NODES"] = str(options.nodes[0])
     values |= {} if options.gpus_per_node else {"DS_ACCELERATOR": "cpu"}

@@ -84,18 +84,14 @@ def estimated_case(
     if arguments.query_tokens is None and schedule is None:
         raise ValueError("there is no token store yet: state --query-tokens and --passage-tokens")
     shape = model_shape(settings, store)
-    from pipeline.planning.cases import make_case, sampled_workload, stated_workload
-    from pipeline.planning.flags import check_flags, read_cluster
+    from pipeline.planning.cases import make_case
+    from pipeline.planning.flags import check_flags, read_cluster, read_workload
     from pipeline.planning.sharding import read_sharding
 
     hardware = {"nodes": options.nodes[0], "gpus_per_node": options.gpus_per_node, "estimate": True}
     flags = argparse.Namespace(**vars(arguments) | hardware)
     check_flags(flags)
-    if flags.query_tokens is not None:
-        workload = stated_workload(settings, flags.query_tokens, flags.passage_tokens, flags.steps)
-    else:
-        assert store is not None and schedule is not None
-        workload = sampled_workload(store, schedule, settings)
+    workload = read_workload(flags, settings, shape.layers, store, schedule)
     sharding = read_sharding(read_deepspeed_json(settings.run.deepspeed))
     return make_case(settings, shape, sharding, read_cluster(flags), workload.load), workload
 
@@ -114,6 +110,10 @@ def model_shape(settings: Settings, store: TokenStore | None) -> ModelShape:
     """ValueError where the model's config.json cannot be read, or is of no known form. Nothing is downloaded."""
     if not has_config(settings.model.name):
         raise ValueError(f"model.name={settings.model.name} has no config.json here; bge-icl fetch brings it")
+    if settings.model.kind == "reranker":
+        from pipeline.model.reranker import read_reranker_shape
+
+        return read_reranker_shape(settings.model)
     from pipeline.model.shapes import read_shape
 
     # Whether the model knows the template's markers already is known to the store only; three rows are nothing.

@@ -8,6 +8,7 @@ C pairs of the step (the plan's candidates), S pairs of a chunk.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -58,6 +59,18 @@ def draw_width(seed: int, step: int, merge_layers: Sequence[int]) -> tuple[tuple
     return tuple(layer for layer, is_one in zip(merge_layers, chosen.tolist(), strict=True) if is_one), ratio
 
 
+def list_widths(merge_layers: Sequence[int]) -> list[tuple[tuple[int, ...], int, float]]:
+    """Everything that `draw_width` may draw, each with its probability."""
+    n, share = len(merge_layers), 1 / len(RATIOS)
+    if not n:
+        return [((), 1, 1.0)]
+    sets = [layers for k in range(1, n + 1) for layers in itertools.combinations(merge_layers, k)]
+    # None at all, with probability 2 ** -n, becomes any one.
+    chance = [0.5**n * (1 + (1 / n if len(layers) == 1 else 0)) for layers in sets]
+    merged = [(layers, ratio, share * p) for ratio in RATIOS[1:] for layers, p in zip(sets, chance, strict=True)]
+    return [((), 1, share), *merged]
+
+
 def compose_pairs(
     store: TokenStore, pt: PairTokenizer, plan: BatchPlan, relation: str, max_pair_tokens: int
 ) -> list[ComposedPair]:
@@ -78,6 +91,11 @@ def compose_pairs(
         compose_pair(pt, queries[q], passages[p], prompt_ids, max_pair_tokens)
         for q, p in zip(query_C, passage_C, strict=True)
     ]
+
+
+def pair_parts(pairs: Sequence[ComposedPair]) -> np.ndarray:
+    """Tokens of each pair before its passage, of the passage, and behind it: int64 [C, 3]."""
+    return np.array([(p.start, p.stop - p.start, len(p.ids) - p.stop) for p in pairs], dtype=np.int64).reshape(-1, 3)
 
 
 def _pieces(store: TokenStore, pt: PairTokenizer, text_ids: Sequence[int], kind: str) -> dict[int, list[int]]:

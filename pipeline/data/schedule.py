@@ -57,7 +57,7 @@ class Schedule:
     limits: Limits
     examples: ExampleSettings
     fill_groups: bool
-    distinct_passages: bool = True  # False: every copy is encoded, the twin that tests and benchmarks compare with
+    distinct_passages: bool = True  # False: every copy is read, as in pairs, and in the twin that tests compare with
 
     @property
     def steps_per_epoch(self) -> int:
@@ -91,6 +91,8 @@ def make_schedule(store: TokenStore, settings: Settings) -> Schedule:
         limits=limits,
         examples=batch.examples,
         fill_groups=batch.fill_groups,
+        # A reranker reads every candidate with its query: a passage that stands in two groups is two pairs.
+        distinct_passages=settings.model.kind == "embedder",
     )
 
 
@@ -160,7 +162,14 @@ def _dataset_schedule(
     rule = RULES[table.task_type]
     group_size = wanted.group_size or rule.group_size or settings.batch.group_size
     in_batch = rule.in_batch_negatives if wanted.in_batch_negatives is None else wanted.in_batch_negatives
-    if group_size == 1 and not in_batch:
+    if settings.model.kind == "reranker":
+        in_batch = False
+        if group_size == 1:
+            raise ValueError(
+                f"dataset {table.name!r} has group_size=1: a reranker learns from the negatives of its group alone; "
+                "raise it"
+            )
+    elif group_size == 1 and not in_batch:
         raise ValueError(
             f"dataset {table.name!r} ({table.task_type}) has group size 1 and no in-batch negatives: its loss is "
             "always 0; raise its group_size or set its in_batch_negatives"

@@ -11,10 +11,14 @@ that backward (arXiv 2307.08691, section 4.1).
 Two shares of a card's peak, as that appendix names them: hardware FLOP utilisation (HFU) counts all that is executed,
 what is done twice included; model FLOP utilisation (MFU) counts what one forward and one backward pass need, here 4NT
 for T tokens (6NT where every weight trains), without attention.
+
+C pairs.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+
+import numpy as np
 
 from pipeline.model.shapes import ModelShape
 
@@ -100,6 +104,26 @@ def pair_flop(
         level = replace(shape, layers=stop - start, last_rows_only=False)
         total += sum(forward_flop(level, Work(tokens, tokens**2, 1), causal))
     return total
+
+
+def layer_work(parts_C3: np.ndarray, depth: int, compress_layers: Sequence[int], compress_ratio: int) -> Work:
+    """What a layer reads of pairs whose passages are merged, in the mean over `depth` layers.
+
+    Arithmetic is linear in it: `forward_flop` of it is `pair_flop` of all pairs, but for the heads (2 E D a pair).
+
+    Args:
+        parts_C3: of C pairs, as of `pair_flop`.
+        compress_layers, compress_ratio: as of `pair_flop`.
+    """
+    others_C, passage_C = parts_C3[:, 0] + parts_C3[:, 2], parts_C3[:, 1]
+    merges, tokens, squares = sorted(set(compress_layers)), 0.0, 0.0
+    for start, stop in zip([0, *merges], [*merges, depth], strict=True):
+        if start > 0:
+            passage_C = -(-passage_C // compress_ratio)
+        length_C = (others_C + passage_C).astype(np.float64)
+        tokens += (stop - start) / depth * float(length_C.sum())
+        squares += (stop - start) / depth * float((length_C**2).sum())
+    return Work(tokens, squares, len(parts_C3))
 
 
 def model_flop(shape: ModelShape, work: Work) -> float:

@@ -10,6 +10,7 @@ T packed tokens, S pairs, E exits, H heads, D width.
 import contextlib
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from pipeline.model.base import read_row
 from pipeline.model.encoder import Gathered, load_decoder
 from pipeline.model.merging import Route, follow_routes, plan_route
-from pipeline.model.shapes import ModelShape, shape_of
+from pipeline.model.shapes import ModelShape, read_shape, shape_of
 from pipeline.settings import ModelSettings
 
 FIRST_EXIT, MERGE_LAYERS, PAPER_DEPTH = 8, (8, 16, 24, 32, 40), 42  # the paper's, of Gemma 2 9B
@@ -185,6 +186,12 @@ def load_reranker(
     tied = decoder.config.tie_word_embeddings
     row_D = read_row(model.name, _TABLES if tied else ("lm_head.weight",), yes_id).float()
     return Reranker(decoder, row_D.repeat(depth - first_exit + 1, 1), first_exit)
+
+
+def read_reranker_shape(model: ModelSettings) -> ModelShape:
+    """Shape of the reranker that `load_reranker` makes, from its config.json alone; ValueError as of `read_shape`."""
+    shape = read_shape(model, num_markers=0)
+    return replace(shape, last_rows_only=False, exits=shape.layers - scale_layers(shape.layers)[0] + 1)
 
 
 def scale_layers(depth: int) -> tuple[int, tuple[int, ...]]:

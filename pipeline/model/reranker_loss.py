@@ -43,16 +43,3 @@ def reranker_loss(score_CE: Tensor, targets: LossTargets, settings: LossSettings
         cross_entropy = -(teacher_BG[..., None] * log_BGE[scored_B]).sum()
         loss = loss + settings.distillation_weight * cross_entropy / (targets.num_scored_rows * num_exits)
     return loss
-
-
-def check_reranker_loss(settings: LossSettings) -> None:
-    """ValueError for an option of the loss that compares embeddings, which a reranker has none of."""
-    refused = {
-        "distillation=m3_kd": settings.distillation == "m3_kd",
-        "filter_margin": settings.filter_margin is not None,
-        "filter_ratio": settings.filter_ratio is not None,
-        "mask_shown": settings.mask_shown,
-        "matryoshka_dims": bool(settings.matryoshka_dims),
-    }
-    if named := [name for name, is_set in refused.items() if is_set]:
-        raise ValueError(f"loss.{named[0]} is for embedders; a reranker is trained without it: leave it out")

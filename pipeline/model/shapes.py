@@ -47,6 +47,7 @@ class ModelShape:
     capped: bool  # soft cap of attention scores: a matrix of length x length a head is kept
     last_rows_only: bool  # the last layer goes on with last tokens (pipeline/model/last_layer.py)
     full: bool = False
+    exits: int = 0  # of a reranker: a row that trains for each
 
     @property
     def query_width(self) -> int:
@@ -93,9 +94,10 @@ class ModelShape:
 
     @property
     def trained(self) -> tuple[int, ...]:
-        """Sizes of all parameters that train: LoRA's A and B, marker rows."""
+        """Sizes of all parameters that train: LoRA's A and B, marker rows, a reranker's heads."""
         layer = tuple(self.lora_rank * n for m in self.matrices for n in (m.inputs, m.outputs))
-        return (*layer * self.layers, *([self.markers * self.width] if self.markers else []))
+        rows = [number * self.width for number in (self.markers, self.exits) if number]
+        return (*layer * self.layers, *rows)
 
     @property
     def table(self) -> int:

@@ -19,6 +19,9 @@ layer's graph at a time. What lives for moments only, found by following which t
 plan_check.py measures it): without a graph 4D + 4F (at MLP) or 3D + attention; backward through an MLP 2F + D (in bf16
 2D), through the last layer's attention 2Q + 2KV (one call a sequence: 3Q, keys and values being repeated for all
 heads) or through its norm three fp32 tensors, 12D bytes.
+A reranker (merging.py) keeps rotations for every layer, as it picks them anew behind a merge; the rows of its exits,
+which are taken along through all layers above; and last norm and heads for those rows alone. A step that merges
+nothing, one in four, decides: where passages become shorter less is kept.
 Scores of Gemma 2 (soft cap) and masks of windows shorter than a text are not counted: they grow with length squared.
 """
 
@@ -88,12 +91,16 @@ def chunk_memory(shape: ModelShape, k: Kernels, tokens: int, sequences: int) -> 
     """Peak bytes of a chunk of so many tokens and sequences, weights and gradients aside."""
     d, q, kv, f, e = shape.width, shape.query_width, shape.kv_width, shape.mlp_width, k.element
     layer = tokens * (_attention_bytes(shape, k) + _mlp_bytes(shape, k))
-    once = tokens * (2 * shape.head_width + shape.markers) * e + sequences * (_norm(d) + 8 * d)
+    rotations, rows = (shape.layers, sequences * shape.exits) if shape.exits else (1, sequences)
+    once = tokens * (2 * shape.head_width * rotations + shape.markers) * e + rows * (_norm(d) + 8 * d)
     mlp_passing = tokens * (2 * f + (2 if e == 2 else 1) * d) * e
     normed = max(d, q) if shape.family in HEAD_NORMS else d
     attention_passing = tokens * max((2 * q + 2 * kv if k.fused else 3 * q) * e, 12 * normed)
     if shape.last_rows_only:
         last = tokens * _attention_bytes(shape, k) + sequences * _mlp_bytes(shape, k)
+    elif shape.exits:
+        last = layer
+        once += sequences * shape.exits * (shape.exits - 1) // 2 * d * e  # rows taken along from exit to exit
     else:
         last = layer
         once += tokens * _norm(d)  # the last norm sees all tokens

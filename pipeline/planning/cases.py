@@ -4,6 +4,7 @@ S sequences of a step (queries, then distinct passages).
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +12,8 @@ import numpy as np
 from pipeline.data.composing import plan_lengths
 from pipeline.data.sampling import Schedule, plan_step
 from pipeline.data.store import TokenStore
+from pipeline.datatypes import BatchPlan
+from pipeline.model.flop import Work
 from pipeline.model.shapes import ModelShape
 from pipeline.planning.activations import Kernels
 from pipeline.planning.estimate import Case, Cluster, Load
@@ -33,21 +36,39 @@ class Workload:
 
 def sampled_workload(store: TokenStore, schedule: Schedule, settings: Settings) -> Workload:
     """Lengths of steps spread evenly over the first epoch: those that training will have, not of a model of them."""
+    plans, per_epoch = sample_plans(store, schedule), schedule.steps_per_epoch
+    load = mean_load(plans, [plan_lengths(store, schedule.limits, plan) for plan in plans], _longest(settings))
+    return Workload(
+        load, count_steps(settings, per_epoch), per_epoch, f"{len(plans)} of {per_epoch:,} steps of the store"
+    )
+
+
+def sample_plans(store: TokenStore, schedule: Schedule) -> list[BatchPlan]:
+    """Plans of SAMPLED_STEPS steps, spread evenly over the first epoch; of all where it has fewer."""
     per_epoch = schedule.steps_per_epoch
     steps = sorted({int(s) for s in np.linspace(0, per_epoch - 1, min(SAMPLED_STEPS, per_epoch)).round()})
-    plans = [plan_step(store, schedule, step) for step in steps]
-    lengths = [plan_lengths(store, schedule.limits, plan) for plan in plans]
-    load = Load(
+    return [plan_step(store, schedule, step) for step in steps]
+
+
+def count_steps(settings: Settings, steps_per_epoch: int) -> int:
+    """Of the whole run."""
+    return settings.optim.max_steps or math.ceil(settings.optim.epochs * steps_per_epoch)
+
+
+def mean_load(
+    plans: Sequence[BatchPlan], lengths: Sequence[np.ndarray], longest: int, layer_work: Work | None = None
+) -> Load:
+    """The load of a step by the lengths of the sequences of some."""
+    return Load(
         tokens=float(np.mean([length_S.sum() for length_S in lengths])),
         squares=float(np.mean([(length_S.astype(np.float64) ** 2).sum() for length_S in lengths])),
         queries=max(plan.num_queries for plan in plans),
         sequences=float(np.mean([len(length_S) for length_S in lengths])),
         largest=max(int(length_S.sum()) for length_S in lengths),
         most_sequences=max(len(length_S) for length_S in lengths),
-        longest=_longest(settings),
+        longest=longest,
+        layer_work=layer_work,
     )
-    total = settings.optim.max_steps or math.ceil(settings.optim.epochs * per_epoch)
-    return Workload(load, total, per_epoch, f"{len(steps)} of {per_epoch:,} steps of the store")
 
 
 def stated_workload(settings: Settings, query_tokens: int, passage_tokens: int, steps: int | None) -> Workload:

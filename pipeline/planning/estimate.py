@@ -4,7 +4,8 @@ Memory of a rank is what lives all the time (weights, optimizer, buffers) and th
 
     pass 1      a chunk without a graph
     loss        the kept graphs; 4 SD fp32: the step's embeddings on every rank, their gradient, two slices' gradients;
-                6 (B/W)P fp32 of the eager loss or the kernel's workspace (P passages, B queries)
+                6 (B/W)P fp32 of the eager loss or the kernel's workspace (P passages, B queries); of a reranker
+                4 SE of scores (S pairs, E exits), its loss being as small
     pass 2      the kept graphs, what backward adds to them, and the adapters' gradients
     step        gradients, reduction buckets, Adam's temporaries
 
@@ -67,10 +68,11 @@ class Load:
     largest: int  # tokens of the largest step
     most_sequences: int
     longest: int  # tokens of the longest sequence that may come
+    layer_work: Work | None = None  # of a reranker: what a layer reads, in the mean over layers and widths
 
     @property
     def work(self) -> Work:
-        return Work(self.tokens, self.squares, self.sequences)
+        return self.layer_work or Work(self.tokens, self.squares, self.sequences)
 
 
 @dataclass(frozen=True)
@@ -133,17 +135,18 @@ def memory_of_chunk(case: Case, tokens: int, sequences: int) -> Memory:
         host["sharded weights"] = element * (sum(shape.frozen) + sum(shape.trained)) / cluster.nodes
     if buffers:
         always["gradient shard and bucket"] = buffers
-    embeddings = case.load.most_sequences * shape.width * 4.0
-    pairs = case.load.queries / world * max(0, case.load.most_sequences - case.load.queries) * 4
+    row, rows_of = (shape.exits, "scores") if shape.exits else (shape.width, "embeddings")
+    embeddings = case.load.most_sequences * row * 4.0
+    pairs = 0.0 if shape.exits else case.load.queries / world * max(0, case.load.most_sequences - case.load.queries) * 4
     gradients = gradient_bytes(shape, sharding, element)
     kept = {f"graph of {case.graphs} chunk{'s' * (case.graphs > 1)}": case.graphs * chunk.graph}
-    own = {"embeddings of this rank's chunks": embeddings / world}
+    own = {f"{rows_of} of this rank's chunks": embeddings / world}
     return Memory(
         always=always,
         moments={
             "pass 1": {"a chunk without graph": chunk.no_graph} | own,
             "loss": kept
-            | {"embeddings of the step, 4 x": 4 * embeddings}
+            | {f"{rows_of} of the step, 4 x": 4 * embeddings}
             | {"similarities": min(pairs, WORKSPACE) if case.fused_loss else 6 * pairs},
             "pass 2": kept | {"backward of a chunk": chunk.backward, "adapters' gradients": gradients} | own,
             "step": {

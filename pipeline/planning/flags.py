@@ -3,7 +3,12 @@
 import argparse
 import math
 
+from pipeline.data.sampling import Schedule
+from pipeline.data.store import TokenStore
+from pipeline.planning.cases import Workload, sampled_workload, stated_workload
 from pipeline.planning.estimate import Cluster
+from pipeline.planning.pairs import sampled_pairs, stated_pairs
+from pipeline.settings import Settings
 
 # Flag of the estimate: default, help.
 HARDWARE = {
@@ -16,7 +21,8 @@ HARDWARE = {
     "utilisation": (0.4, "share of that peak that all executed arithmetic reaches: an assumption, 0 to 1"),
 }
 LENGTHS = {
-    "query_tokens": "mean tokens of a query with its examples; with --passage-tokens no store is read",
+    "query_tokens": "mean tokens of a query with its examples, or in a reranker's pair; with --passage-tokens no store "
+    "is read",
     "passage_tokens": "mean tokens of a passage",
     "steps": "steps of the run, where no store and no optim.max_steps says it",
 }
@@ -64,3 +70,21 @@ def read_cluster(arguments: argparse.Namespace) -> Cluster:
         flops=value["gpu_tflops"] * 1e12,
         utilisation=value["utilisation"],
     )
+
+
+def read_workload(
+    arguments: argparse.Namespace, settings: Settings, depth: int, store: TokenStore | None, schedule: Schedule | None
+) -> Workload:
+    """What the run works on: by stated lengths where there are any, else by the store.
+
+    Args:
+        depth: layers of the model.
+        store, schedule: may be None where lengths are stated.
+    """
+    reranks, stated = settings.model.kind == "reranker", (arguments.query_tokens, arguments.passage_tokens)
+    if arguments.query_tokens is not None:
+        if reranks:
+            return stated_pairs(settings, *stated, arguments.steps, depth)
+        return stated_workload(settings, *stated, arguments.steps)
+    assert store is not None and schedule is not None, "without a store the flags state lengths"
+    return sampled_pairs(store, schedule, settings, depth) if reranks else sampled_workload(store, schedule, settings)

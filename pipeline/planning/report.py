@@ -15,7 +15,7 @@ def estimate_report(case: Case, workload: Workload, settings: Settings) -> str:
     blocks = [
         _head(case, settings),
         _step_lines(case, workload),
-        _memory_lines(plan_memory(case), case.cluster),
+        _memory_lines(plan_memory(case), case.cluster, "adapters and heads" if case.shape.exits else "adapters"),
         _time_lines(case, workload),
         _choices(case),
     ]
@@ -28,8 +28,9 @@ def estimate_report(case: Case, workload: Workload, settings: Settings) -> str:
 def _head(case: Case, settings: Settings) -> list[str]:
     shape, cluster, world = case.shape, case.cluster, case.cluster.world_size
     params = (sum(shape.frozen) + shape.table) / 1e9
+    exits = f"{shape.exits} exits, " if shape.exits else ""
     return [
-        f"ESTIMATE for {settings.model.name}: {shape.layers} layers, {params:.2f} B parameters, "
+        f"ESTIMATE for {settings.model.name}: {shape.layers} layers, {exits}{params:.2f} B parameters, "
         f"{sum(shape.trained) / 1e6:.1f} M trained, {settings.model.dtype}, {_sharding_name(case)}",
         f"on {cluster.nodes} node{'s' * (cluster.nodes > 1)} x {cluster.gpus_per_node} GPU{'s' * (world > 1)} of "
         f"{cluster.gpu_gib:g} GiB, {USABLE:.0%} of it usable; links {cluster.gpu_link * 8e-9:,.0f} Gbit/s a GPU, "
@@ -46,12 +47,15 @@ def _sharding_name(case: Case) -> str:
 
 
 def _step_lines(case: Case, workload: Workload) -> list[str]:
-    load, cost = case.load, plan_cost(case)
+    load, cost, unit = case.load, plan_cost(case), "pairs" if case.shape.exits else "sequences"
     fields = [
         ("lengths", workload.source),
-        ("step", f"{load.queries} queries, {load.sequences:,.0f} sequences, {load.tokens:,.0f} tokens, padding 0"),
+        ("step", f"{load.queries} queries, {load.sequences:,.0f} {unit}, {load.tokens:,.0f} tokens, padding 0"),
         ("chunks", f"{cost.chunks} a rank of at most {case.chunk_tokens} tokens, {cost.forwards} forward passes"),
     ]
+    if load.layer_work is not None:
+        share = load.layer_work.tokens / load.tokens
+        fields.append(("widths", f"a layer reads {share:.0%} of the tokens, in the mean over layers and drawn widths"))
     if workload.steps_per_epoch is not None:
         epoch = workload.steps_per_epoch
         fields.append(("epoch", f"{epoch:,} steps, {epoch * load.tokens / 1e6:,.1f} M tokens"))
@@ -59,9 +63,12 @@ def _step_lines(case: Case, workload: Workload) -> list[str]:
     return [f"{name:<10} {value}" for name, value in fields]
 
 
-def _memory_lines(memory: Memory, cluster: Cluster) -> list[str]:
+def _memory_lines(memory: Memory, cluster: Cluster, trained: str) -> list[str]:
+    """`trained`: what the parts called adapters are of."""
+
     def lines(parts: dict[str, float]) -> list[str]:
-        return [f"  {name:<40} {value / GIB:8.2f}" for name, value in parts.items() if value]
+        named = {name.replace("adapters", trained): value for name, value in parts.items()}
+        return [f"  {name:<40} {value / GIB:8.2f}" for name, value in named.items() if value]
 
     table = [f"{'memory of a rank, GiB':<42} {memory.peak / GIB:8.2f}  of {USABLE * cluster.gpu_gib:.1f} usable"]
     table += ["always", *lines(memory.always)]

@@ -161,17 +161,23 @@ def find_checkpoint(folder: Path) -> Path | None:
 
 
 def require_same_run(checkpoint: Path, settings: Settings, inputs: dict[str, str]) -> None:
-    """ValueError if a checkpoint belongs to other data, another base model or other settings."""
+    """ValueError if a checkpoint belongs to other data, another base model or other settings.
+
+    Args:
+        inputs: as of `save_checkpoint`; what is not named is not compared.
+    """
     record = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
     remedy = "use another run.output_dir to start a new run"
-    for name in sorted(inputs | record["inputs"]):
-        before, now = record["inputs"].get(name, "nothing"), inputs.get(name, "nothing")
+    for name, now in inputs.items():
+        before = record["inputs"].get(name, "nothing")
         if before != now:
             raise ValueError(
                 f"{checkpoint} was trained on another {name} (contents {before[:12]}, now {now[:12]}); restore what "
                 f"was there, or {remedy}"
             )
     saved = flatten(load_settings(checkpoint / "settings.yaml"))
+    if "pair template" in record["inputs"]:  # settings from before they had a kind say nothing of it
+        saved["model.kind"] = "reranker"
     # Dropout draws go by chunk: with dropout another budget is another run.
     has_dropout = settings.model.trained == "lora" and settings.model.lora.dropout > 0
     may_change = set(MAY_CHANGE) - ({"run.chunk_tokens"} if has_dropout else set())

@@ -6,7 +6,6 @@ loss of its rows (step.py).
 T packed tokens, S pairs, C pairs of the step (the plan's candidates), E exits.
 """
 
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,10 +13,11 @@ import torch
 from torch import Tensor
 
 from pipeline.data.packing import deal
-from pipeline.data.pair_steps import compose_pairs, draw_width, pack_pairs
+from pipeline.data.pair_steps import compose_pairs, draw_width, pack_pairs, pair_parts
 from pipeline.data.pairs import PairTokenizer
 from pipeline.data.store import TokenStore
 from pipeline.datatypes import BatchPlan, PairChunk
+from pipeline.model.flop import layer_work
 from pipeline.model.reranker import scale_layers
 from pipeline.model.reranker_loss import reranker_loss
 from pipeline.runtime.ranks import Ranks
@@ -41,19 +41,20 @@ def prepare_pair_step(
     dealt = deal(length_C, ranks.world_size, settings.run.chunk_tokens)
     chunks = [pack_pairs(sequence_S, pairs) for sequence_S in dealt[ranks.rank]]
     rows = rows_of_rank(plan, ranks)
-    layers, ratio = draw_width(settings.run.seed, plan.step, scale_layers(depth)[1])
+    width = draw_width(settings.run.seed, plan.step, scale_layers(depth)[1])
     return StepInputs(
         plan=plan,
         chunks=chunks,
         sequences_of_rank=[np.concatenate(chunks_of_rank) for chunks_of_rank in dealt],
-        targets=loss_targets(replace(plan, in_batch_negatives=False), rows, ranks.device, False),
+        targets=loss_targets(plan, rows, ranks.device, False),
         rows=rows,
         num_tokens=int(length_C.sum()),
         num_squares=int((length_C**2).sum()),
         num_chunks=len(chunks),
         num_negatives_shown=0,
-        compress_layers=layers,
-        compress_ratio=ratio,
+        layer_work=layer_work(pair_parts(pairs), depth, *width),
+        compress_layers=width[0],
+        compress_ratio=width[1],
         num_queries_cut=sum(pair.query_was_cut for pair in pairs),
         num_passages_cut=sum(pair.passage_was_cut for pair in pairs),
     )

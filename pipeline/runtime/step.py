@@ -18,6 +18,7 @@ from pipeline.data.packing import deal, pack_chunk
 from pipeline.data.shown import count_shown
 from pipeline.data.store import TokenStore
 from pipeline.datatypes import BatchPlan, PackedChunk
+from pipeline.model.flop import Work
 from pipeline.model.grad_cache import two_pass_step
 from pipeline.model.loss import LossTargets, contrastive_loss, count_filtered
 from pipeline.runtime.engine import one_reduction, take_step
@@ -43,7 +44,9 @@ class StepInputs:
     num_squares: int  # sum of squared lengths
     num_chunks: int
     num_negatives_shown: int
-    # Of a reranker's step, whose sequences are pairs: where passages are merged, and how many of the pairs were cut.
+    # Of a reranker's step, whose sequences are pairs: what a layer reads in the mean over layers, where passages are
+    # merged, and how many of the pairs were cut.
+    layer_work: Work | None = None
     compress_layers: tuple[int, ...] = ()
     compress_ratio: int = 1
     num_queries_cut: int = 0

@@ -21,7 +21,7 @@ from pipeline.runtime.watch import (
     start_watch,
     stop_watching_signals,
 )
-from pipeline.settings import Settings, load_settings
+from pipeline.settings import ENTRIES, Settings, load_settings
 
 log = logging.getLogger("train")
 
@@ -45,8 +45,12 @@ def parse_arguments(description: str | None, epilog: str, argv: Sequence[str] | 
     return parser.parse_intermixed_args(argv)
 
 
-def run_command(arguments: argparse.Namespace, work: Work) -> int:
-    """`work` with everything that a rank needs; returns the exit code. The stack holds the run folder's lock."""
+def run_command(arguments: argparse.Namespace, kind: str, work: Work) -> int:
+    """`work` with everything that a rank needs; returns the exit code. The stack holds the run folder's lock.
+
+    Args:
+        kind: what `work` trains (model.kind); a recipe of another is refused.
+    """
     try:
         ranks = read_ranks(arguments.local_rank)
     except ValueError as error:
@@ -56,6 +60,9 @@ def run_command(arguments: argparse.Namespace, work: Work) -> int:
     watch, code = None, 0
     try:
         settings = load_settings(arguments.config, arguments.overrides)
+        if settings.model.kind != kind:
+            other = settings.model.kind
+            raise ValueError(f"model.kind={other}, and {ENTRIES[kind]} trains the {kind}s: start {ENTRIES[other]}")
         share_cores(ranks)
         start_distributed(ranks, settings.run.max_stall_seconds)
         watch = start_watch(ranks, settings.run.max_stall_seconds)

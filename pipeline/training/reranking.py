@@ -1,34 +1,35 @@
-"""A reranker's run: its settings checked, its model and engine before the first step, its model saved after the last.
+"""A reranker's run: its model and engine before the first step, its model saved after the last.
 
 Store, plans, checkpoints and the loop are those of an embedder's run (run.py, steps.py).
 """
 
 import contextlib
-import dataclasses
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from torch import Tensor
 
-from pipeline.data.pair_steps import choose_relations
+from pipeline.data.pair_steps import choose_relations, pack_pairs
 from pipeline.data.pairs import PairTokenizer, compose_pair, load_pair_tokenizer, tokenize_pair_pieces
-from pipeline.data.schedule import Schedule
+from pipeline.data.sampling import plan_step
 from pipeline.inference.gate import GATE_FILE
 from pipeline.inference.reranker_files import RerankerDescription, save_reranker
 from pipeline.inference.reranker_gate import gate_scores
 from pipeline.model.encoder import require_rows
 from pipeline.model.merging import Route
 from pipeline.model.reranker import Reranker, load_reranker, scale_layers, yes_token
-from pipeline.model.reranker_loss import check_reranker_loss
 from pipeline.prompts import BGE_RERANKER
 from pipeline.runtime.engine import gathered, read_state, sharded_loading
 from pipeline.runtime.guards import require_alike
+from pipeline.runtime.pair_step import prepare_pair_step, run_pair_step, score_chunk
 from pipeline.runtime.ranks import Ranks, by_first, together
+from pipeline.runtime.step import StepInputs
 from pipeline.runtime.watch import Watch, mark
 from pipeline.settings import Settings
-from pipeline.training.run import Run, read_inputs, require_alike_start, start_engine
+from pipeline.training.run import Run, countable_shape, read_inputs, require_alike_start, start_engine
 
 log = logging.getLogger("train")
 
@@ -38,23 +39,18 @@ class RerankerRun(Run):
     """The run of a reranker."""
 
     pairs: PairTokenizer
-    relations: tuple[str, ...]  # of each dataset of the store: what is asked of its pairs
     reranker: Reranker
 
 
 def set_up_reranker(settings: Settings, ranks: Ranks, watch: Watch, held: contextlib.ExitStack) -> RerankerRun:
     """Data, model and engine of one rank; ValueErrors for what a user can mend. `held` keeps the run folder's lock."""
     require_alike_start(settings, ranks)
-    check_settings(settings)
     pairs = together(lambda: load_pair_tokenizer(settings.tokenizer_name, BGE_RERANKER), ranks)
     require_alike({"tokenizer of pairs": pairs.fingerprint}, ranks)
     own = {"pair template": BGE_RERANKER.version, "tokenizer of pairs": pairs.fingerprint}
     inputs = read_inputs(settings, ranks, watch, held, own)
-    relations = tuple(choose_relations(inputs.store, settings).values())
+    relations = list(choose_relations(inputs.store, settings).values())
     require_room(pairs, relations, settings.preprocess.max_pair_tokens)
-    require_groups(inputs.schedule)
-    # Every candidate is read with its query: a passage that stands in two groups is two pairs.
-    schedule = dataclasses.replace(inputs.schedule, distinct_passages=False)
 
     mark(watch, "the loading of the model")
     yes_id = together(lambda: yes_token(pairs.encoder.tokenizer), ranks)
@@ -64,60 +60,33 @@ def set_up_reranker(settings: Settings, ranks: Ranks, watch: Watch, held: contex
     require_context(reranker, settings)
     engine = start_engine(reranker, settings, ranks)
     log.info(
-        "exits %d to %d, merges behind layers %s; no FLOP in the metrics: those of pairs are not counted",
+        "exits %d to %d, merges behind layers %s",
         reranker.heads.first_exit,
         reranker.depth,
         ", ".join(map(str, scale_layers(reranker.depth)[1])) or "none",
     )
+
+    def prepare(step: int) -> StepInputs:
+        plan = plan_step(inputs.store, inputs.schedule, step)
+        return prepare_pair_step(inputs.store, pairs, plan, relations[plan.dataset], reranker.depth, settings, ranks)
+
     return RerankerRun(
-        **(vars(inputs) | {"schedule": schedule}),
+        **vars(inputs),
         engine=engine,
-        shape=None,
+        shape=countable_shape(settings.model),
+        prepare=prepare,
+        run_step=lambda step_inputs: run_pair_step(engine, step_inputs, settings, ranks, watch),
+        forward_nothing=lambda: score_chunk(engine, pack_pairs(np.zeros(0, dtype=np.int64), []), (), 1, ranks.device),
         pairs=pairs,
-        relations=relations,
         reranker=reranker,
     )
 
 
-def check_settings(settings: Settings) -> None:
-    """ValueError for what a reranker's training would silently not do."""
-    check_reranker_loss(settings.loss)
-    if settings.batch.examples.asked_for:
-        raise ValueError(
-            f"batch.examples.mode={settings.batch.examples.mode}: a reranker reads pairs, without examples; set it to "
-            "none"
-        )
-    if settings.evaluation.every:
-        raise ValueError(
-            f"evaluation.every={settings.evaluation.every}: tasks are scored with embedders; leave out evaluation"
-        )
-    if settings.model.trained != "lora" or settings.model.adapter:
-        raise ValueError(
-            f"model.trained={settings.model.trained}, model.adapter={settings.model.adapter!r}: a reranker is trained "
-            "by fresh adapters; set model.trained=lora, and leave out model.adapter"
-        )
-    if settings.run.chunk_tokens < settings.preprocess.max_pair_tokens:
-        raise ValueError(
-            f"run.chunk_tokens={settings.run.chunk_tokens} cannot hold one pair of preprocess.max_pair_tokens="
-            f"{settings.preprocess.max_pair_tokens}; raise it or lower the limit"
-        )
-
-
-def require_room(pairs: PairTokenizer, relations: tuple[str, ...], max_pair_tokens: int) -> None:
+def require_room(pairs: PairTokenizer, relations: Sequence[str], max_pair_tokens: int) -> None:
     """ValueError for an unknown relation, or a limit that leaves no room for a passage beside its prompt."""
     for relation in sorted(set(relations)):
         prompt_ids = tokenize_pair_pieces(pairs, [pairs.template.prompt(relation)], "prompt")[0]
         compose_pair(pairs, [0], [0], prompt_ids, max_pair_tokens)
-
-
-def require_groups(schedule: Schedule) -> None:
-    """ValueError for a dataset whose groups hold the positive alone: without in-batch negatives its loss is 0."""
-    for dataset in schedule.datasets:
-        if dataset.group_size < 2:
-            raise ValueError(
-                f"dataset {dataset.name!r} has group_size={dataset.group_size}: a reranker learns from the negatives "
-                "of its group alone; raise it"
-            )
 
 
 def require_context(reranker: Reranker, settings: Settings) -> None:

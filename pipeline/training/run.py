@@ -5,12 +5,15 @@ import importlib.util
 import json
 import logging
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from pipeline.data.composing import Limits
 from pipeline.data.sampling import Schedule, check_world_size, make_schedule, plan_step
 from pipeline.data.store import TokenStore, open_store, require_match, verify_shards
 from pipeline.data.tokenizing import PromptTokenizer, load_tokenizer
@@ -19,7 +22,7 @@ from pipeline.files import file_sha256, lease_patience, locked
 from pipeline.model.base import fingerprint_base
 from pipeline.model.encoder import MARKERS_FILE, Encoder, choose_trained, load_encoder, require_rows
 from pipeline.model.loss import require_dims
-from pipeline.model.reranker import Reranker
+from pipeline.model.reranker import Reranker, read_reranker_shape
 from pipeline.model.shapes import KNOWN, ModelShape, read_shape
 from pipeline.prompts import get_template
 from pipeline.runtime.checkpoint import find_checkpoint, require_same_run
@@ -28,6 +31,7 @@ from pipeline.runtime.guards import code_versions, digest_plan, require_alike
 from pipeline.runtime.ranks import Ranks, by_first, together
 from pipeline.runtime.runlog import require_tracker
 from pipeline.runtime.sharding_json import read_deepspeed_json, require_exact
+from pipeline.runtime.step import StepInputs, StepResult, encode_chunk, no_sequences, prepare_step, run_step
 from pipeline.runtime.watch import Watch, mark
 from pipeline.settings import EvaluationSettings, ModelSettings, Settings, flatten
 
@@ -56,6 +60,9 @@ class Run(RunInputs):
 
     engine: Any
     shape: ModelShape | None  # None: its arithmetic cannot be counted
+    prepare: Callable[[int], StepInputs]  # what this rank needs for a step
+    run_step: Callable[[StepInputs], StepResult]  # both passes of it
+    forward_nothing: Callable[[], Tensor]  # a forward pass over a chunk that holds nothing of a step
 
 
 @dataclass(frozen=True)
@@ -81,8 +88,21 @@ def set_up(settings: Settings, ranks: Ranks, watch: Watch, held: contextlib.Exit
     require_rows(encoder, tokenizer.largest_id)
     require_dims(settings.loss, encoder.width)
     engine = start_engine(encoder, settings, ranks)
+    limits = Limits.from_settings(settings.preprocess)
+
+    def prepare(step: int) -> StepInputs:
+        plan = plan_step(inputs.store, inputs.schedule, step)
+        return prepare_step(inputs.store, limits, plan, ranks, settings.run.chunk_tokens, settings.loss.mask_shown)
+
     return EmbedderRun(
-        **vars(inputs), engine=engine, shape=countable_shape(settings.model), tasks=tasks, encoder=encoder
+        **vars(inputs),
+        engine=engine,
+        shape=countable_shape(settings.model),
+        prepare=prepare,
+        run_step=lambda step_inputs: run_step(engine, step_inputs, settings, ranks, watch),
+        forward_nothing=lambda: encode_chunk(engine, no_sequences(), ranks.device),
+        tasks=tasks,
+        encoder=encoder,
     )
 
 
@@ -151,7 +171,7 @@ def start_engine(model: Encoder | Reranker, settings: Settings, ranks: Ranks) ->
 def countable_shape(model: ModelSettings) -> ModelShape | None:
     """Shape of a decoder of LLaMA's kind; the arithmetic of others is not counted, and the log says so."""
     try:
-        shape = read_shape(model, num_markers=0)
+        shape = read_reranker_shape(model) if model.kind == "reranker" else read_shape(model, num_markers=0)
     except ValueError as error:
         log.info("no FLOP in the metrics: %s", error)
         return None

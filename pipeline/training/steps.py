@@ -12,35 +12,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from pipeline.data.composing import Limits
-from pipeline.data.pair_steps import pack_pairs
-from pipeline.data.sampling import plan_step
 from pipeline.files import write_text
 from pipeline.model.flop import StepFlop, Work, executed_flop, model_flop
 from pipeline.runtime.attempt import write_end, write_ready
 from pipeline.runtime.checkpoint import TrainState, load_checkpoint, save_checkpoint
 from pipeline.runtime.engine import discard_gradients, read_state, take_step, write_state
 from pipeline.runtime.guards import is_spike, too_late
-from pipeline.runtime.pair_step import prepare_pair_step, run_pair_step, score_chunk
 from pipeline.runtime.ranks import by_first, together
 from pipeline.runtime.runlog import append_metrics, open_tracker, start_metrics, step_line, step_metrics
-from pipeline.runtime.step import (
-    StepInputs,
-    StepResult,
-    encode_chunk,
-    make_optimizer_state,
-    moment,
-    no_sequences,
-    prepare_step,
-    run_step,
-)
+from pipeline.runtime.step import StepInputs, StepResult, make_optimizer_state, moment
 from pipeline.runtime.watch import STOPPED, StopRequested, mark
 from pipeline.settings import OptimSettings, dump_settings
 from pipeline.training.evaluating import evaluate, is_due, must_make_up
-from pipeline.training.reranking import RerankerRun
 from pipeline.training.run import EmbedderRun, Run
 
 log = logging.getLogger("train")
@@ -57,7 +42,7 @@ def resume(run: Run) -> TrainState:
     state = TrainState(seed=run.settings.run.seed)
     if checkpoint is not None:
         state, trainable = together(lambda: load_checkpoint(checkpoint), ranks)
-        make_optimizer_state(run.engine, functools.partial(forward_dummy, run), ranks)
+        make_optimizer_state(run.engine, run.forward_nothing, ranks)
         write_state(run.engine, trainable, state.updates, ranks)
         log.info("resumed from %s: %d steps are done", checkpoint, state.step)
 
@@ -70,27 +55,9 @@ def resume(run: Run) -> TrainState:
     return state
 
 
-def forward_dummy(run: Run) -> Tensor:
-    """A forward pass over a chunk that holds nothing of a step."""
-    if isinstance(run, RerankerRun):
-        return score_chunk(run.engine, pack_pairs(np.zeros(0, dtype=np.int64), []), (), 1, run.ranks.device)
-    return encode_chunk(run.engine, no_sequences(), run.ranks.device)
-
-
-def prepare(run: Run, step: int) -> StepInputs:
-    """What this rank needs for a step."""
-    settings, plan = run.settings, plan_step(run.store, run.schedule, step)
-    if isinstance(run, RerankerRun):
-        relation, depth = run.relations[plan.dataset], run.reranker.depth
-        return prepare_pair_step(run.store, run.pairs, plan, relation, depth, settings, run.ranks)
-    limits = Limits.from_settings(settings.preprocess)
-    return prepare_step(run.store, limits, plan, run.ranks, settings.run.chunk_tokens, settings.loss.mask_shown)
-
-
 def train_steps(run: Run, state: TrainState, loader: Executor) -> TrainState:
     """All steps from `state` to the last; raises what `train` raises."""
     settings, ranks, out = run.settings, run.ranks, run.out
-    run_one = run_pair_step if isinstance(run, RerankerRun) else run_step
     track = open_tracker(settings.run.tracker if ranks.is_first else "none", out, dataclasses.asdict(settings))
     saved_step, bad_in_a_row = state.step, 0
     save_seconds = evaluate_seconds = 0.0
@@ -101,7 +68,7 @@ def train_steps(run: Run, state: TrainState, loader: Executor) -> TrainState:
     if must_make_up(run, state.step):
         evaluate_seconds = stoppable_evaluation(run, state, saved_step)
     if state.step < run.total_steps:
-        coming = loader.submit(prepare, run, state.step)
+        coming = loader.submit(run.prepare, state.step)
     while state.step < run.total_steps:
         started = time.perf_counter()
         coming_up = save_seconds + (evaluate_seconds if is_due(run, state.step + 1) else 0)
@@ -110,12 +77,12 @@ def train_steps(run: Run, state: TrainState, loader: Executor) -> TrainState:
         inputs = coming.result()
         plan, seconds = inputs.plan, {"data": time.perf_counter() - started}
         if state.step + 1 < run.total_steps:
-            coming = loader.submit(prepare, run, state.step + 1)
+            coming = loader.submit(run.prepare, state.step + 1)
         lr = learning_rate(settings.optim, state.step, run.total_steps)
         profiled = state.step in settings.run.profile_steps
         try:
             with start_profile() if profiled and ranks.is_first else contextlib.nullcontext() as records:
-                result = run_one(run.engine, inputs, settings, ranks, run.watch)
+                result = run.run_step(inputs)
         except StopRequested as stop:
             # Weights do not change inside a step: this one is done again.
             raise stopped(run, state, saved_step, stop) from None
@@ -210,7 +177,8 @@ def count_flop(run: Run, inputs: StepInputs, result: StepResult) -> StepFlop | N
     """Arithmetic of the step over all ranks; None for models whose shape is not known."""
     if run.shape is None:
         return None
-    model, work = run.settings.model, Work(inputs.num_tokens, inputs.num_squares, inputs.plan.num_sequences)
+    model, whole = run.settings.model, Work(inputs.num_tokens, inputs.num_squares, inputs.plan.num_sequences)
+    work = inputs.layer_work or whole
     forwards, causal = result.num_passes / inputs.num_chunks, model.attention == "causal"
     executed = executed_flop(run.shape, work, causal, forwards, model.activation_checkpointing)
     return StepFlop(executed, model_flop(run.shape, work))
