@@ -29,7 +29,7 @@ from pipeline.training import evaluating, run, steps
 kind, rank, at, *rest = os.environ["FAULT"].split()
 here = os.environ.get("RANK", "0") == rank
 encode_chunk, save_checkpoint, sync = step.encode_chunk, checkpoint.save_checkpoint, checkpoint.sync
-pass_boundary, run_step, num_encoded, num_chunks, current = evaluating.pass_boundary, steps.run_step, 0, 0, -1
+pass_boundary, run_step, num_encoded, num_chunks, current = evaluating.pass_boundary, run.run_step, 0, 0, -1
 open_store, verify_shards, file_sha256, load_tokenizer = (
     run.open_store,
     run.verify_shards,
@@ -82,7 +82,7 @@ def save_faulty(folder, state, *arguments):
 
 
 if __name__ == "__main__":
-    steps.run_step = run_faulty_step
+    run.run_step = run_faulty_step
     if here:
         step.encode_chunk, steps.save_checkpoint = encode_faulty, save_faulty
         evaluating.pass_boundary = pass_faulty
